@@ -1,0 +1,92 @@
+"""Text encoders (BERT, MiniLM, MPNet …): a choice's score is the cosine to its label text's embedding, over τ.
+
+There is no classification head, so the bare backbone already answers (zero-shot) and every task has the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pituning.backbones.base import Backbone, Batch, common_choices
+from pituning.errors import RefusedError
+from pituning.example import Example
+
+TEMPERATURE = 0.05  # τ of DESIGN §4: cosines lie within about ±0.3 of each other, softmax wants differences of several nats
+
+# Query/value are the modules of the LoRA paper; the bottleneck follows the attention output and the FFN output projections.
+_LORA_TARGETS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "attn.q", "attn.v", "Wqkv")
+_BOTTLENECK_TARGETS = ("attention.output.dense", "output.dense", "attn.o", "out_lin", "lin2", "out_proj", "fc2")
+
+
+class EncoderBackbone(Backbone):
+    """A frozen text encoder with mean pooling; label texts are encoded once, by the bare backbone.
+
+    Args:
+        max_length: tokens kept of each input; longer inputs are cut at the end.
+    """
+
+    family = "encoder"
+
+    def __init__(
+        self, name: str, model: nn.Module, tokenizer: Any, *, device: str | torch.device = "cpu", max_length: int = 128
+    ) -> None:
+        super().__init__(name, model, tokenizer, device=device)
+        self.max_length = max_length
+        self._label_embeddings: dict[tuple[str, ...], Tensor] = {}
+
+    def adaptable(self, method: str) -> list[str]:
+        """See :meth:`Backbone.adaptable`."""
+        wanted = _LORA_TARGETS if method == "lora" else _BOTTLENECK_TARGETS
+        names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        present = [w for w in wanted if any(n == w or n.endswith("." + w) for n in names)]
+        # "output.dense" is a suffix of "attention.output.dense": keep the general name only.
+        return [p for p in present if not any(p != q and p.endswith("." + q) for q in present)]
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """See :meth:`Backbone.collate`. Pairs are joined by the tokenizer's own separator."""
+        choices = common_choices(examples)
+        batch = self._tokenize([e.texts for e in examples])
+        if choices:
+            batch["label_embeddings"] = self.label_embeddings(choices)
+            batch["target"] = torch.tensor([e.label for e in examples], device=self.device)
+        return batch
+
+    def loss(self, batch: Batch) -> Tensor:
+        """See :meth:`Backbone.loss`: cross-entropy over the task's choices."""
+        if "target" not in batch:
+            raise RefusedError("an encoder backbone needs a closed answer set: these examples have no choices")
+        return F.cross_entropy(self._logits(batch, batch["label_embeddings"]), batch["target"], reduction="none")
+
+    def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
+        """See :meth:`Backbone.score`."""
+        return self._logits(batch, self.label_embeddings(tuple(choices)))
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Unit-length mean-pooled embeddings, shape ``[batch, hidden]``."""
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
+        hidden = self.model(**inputs).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def label_embeddings(self, choices: tuple[str, ...]) -> Tensor:
+        """Embeddings of the label texts by the backbone *without* expert, shape ``[choices, hidden]``; cached."""
+        if choices not in self._label_embeddings:
+            with torch.no_grad(), self.bare():
+                self._label_embeddings[choices] = self.embed(self._tokenize([(c,) for c in choices]))
+        return self._label_embeddings[choices]
+
+    def _logits(self, batch: Batch, labels: Tensor) -> Tensor:
+        return self.embed(batch) @ labels.T / TEMPERATURE
+
+    def _tokenize(self, texts: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+        first = [t[0] for t in texts]
+        second = [t[1] for t in texts] if len(texts[0]) > 1 else None
+        encoded = self.tokenizer(
+            first, second, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return dict(encoded.to(self.device))

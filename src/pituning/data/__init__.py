@@ -1,0 +1,1 @@
+"""Reading, sampling and checking data."""

@@ -1,0 +1,58 @@
+"""Few-shot draws and cross-fitting folds: seeded, balanced over classes, nested in the number of shots."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+from pituning.errors import DataError
+from pituning.example import Example
+
+
+def draw_shots(examples: Sequence[Example], shots: int, seed: int) -> tuple[Example, ...]:
+    """Draw ``shots`` examples per class; for the same seed 4 shots are among the 16, and those among the 64.
+
+    Tasks without choices count as one class. The draw does not depend on the order of ``examples``, only on their ids.
+
+    Raises:
+        DataError: if a class has fewer examples than shots.
+    """
+    if shots < 1:
+        raise DataError(f"shots must be at least 1, not {shots}")
+    drawn = []
+    for name, members in sorted(_by_class(examples).items()):
+        if len(members) < shots:
+            raise DataError(f"{shots} shots per class asked for, but class {name!r} has only {len(members)} examples")
+        members = sorted(members, key=lambda e: e.id)
+        random.Random(f"{seed}/{name}").shuffle(members)
+        drawn.append(members[:shots])
+    return tuple(example for group in zip(*drawn, strict=True) for example in group)
+
+
+def stratified_folds(examples: Sequence[Example], folds: int, seed: int) -> list[tuple[list[Example], list[Example]]]:
+    """Split examples into (train, held out) pairs; classes are spread evenly, every example is held out once.
+
+    Raises:
+        DataError: if there are fewer examples than folds.
+    """
+    if not 2 <= folds <= len(examples):
+        raise DataError(f"cannot make {folds} folds of {len(examples)} examples")
+    fold_of: dict[str, int] = {}
+    position = 0
+    for name, members in sorted(_by_class(examples).items()):
+        members = sorted(members, key=lambda e: e.id)
+        random.Random(f"folds/{seed}/{name}").shuffle(members)
+        for example in members:
+            fold_of[example.id] = position % folds
+            position += 1
+    return [
+        ([e for e in examples if fold_of[e.id] != f], [e for e in examples if fold_of[e.id] == f]) for f in range(folds)
+    ]
+
+
+def _by_class(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    classes: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        classes[example.target if example.choices else ""].append(example)
+    return classes

@@ -1,0 +1,267 @@
+"""An expert as a value: named tensors, a PEFT configuration and a card; on disk an ordinary PEFT adapter folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pituning.backbones.base import Backbone
+from pituning.errors import BackboneMismatchError, ExpertError
+from pituning.methods.attach import attached, check_tensors
+from pituning.version import __version__
+
+SCHEMA = 1
+CONFIG_FILE, TENSOR_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "expert.json"
+
+
+@dataclass(frozen=True)
+class ExpertCard:
+    """What is known of an expert besides its tensors.
+
+    Attributes:
+        backbone: id of the backbone, as a user would load it with transformers.
+        fingerprint: of the backbone; empty for a foreign PEFT folder.
+        init_hash: hash of the common initialisation; equal hashes share coordinates.
+        lineage: the experts it was blended from, each with its mean weight.
+        metrics: held-out figures by name, such as ``{"dev log-loss": 0.31}``.
+        training: learning rate, steps and whatever else reproduces it.
+    """
+
+    name: str
+    backbone: str = ""
+    fingerprint: str = ""
+    task: str = ""
+    method: str = ""
+    init_hash: str = ""
+    shots: int | None = None
+    seed: int = 0
+    parameters: int = 0
+    choices: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    version: str = __version__
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The adaptation's tensors for one task, under PEFT's file key names.
+
+    Attributes:
+        tensors: name → tensor; treated as immutable.
+        config: the PEFT configuration as plain JSON values.
+        card: see :class:`ExpertCard`.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    card: ExpertCard
+
+    @property
+    def name(self) -> str:
+        """The card's name."""
+        return self.card.name
+
+    def with_card(self, **changes: Any) -> Expert:
+        """The same tensors under a changed card."""
+        return replace(self, card=replace(self.card, **changes))
+
+    def require_backbone(self, backbone: Backbone) -> None:
+        """Raise unless this expert was trained on that backbone.
+
+        Raises:
+            BackboneMismatchError: names both backbones.
+        """
+        if self.card.fingerprint and self.card.fingerprint != backbone.fingerprint:
+            raise BackboneMismatchError(
+                f"expert {self.name!r} was trained on backbone {self.card.backbone!r} "
+                f"(fingerprint {self.card.fingerprint}), but this is {backbone.name!r} ({backbone.fingerprint}); "
+                "load the backbone it was trained on"
+            )
+
+    def verify(self, backbone: Backbone | None = None) -> None:
+        """Prove that the tensors are finite and, given a backbone, that every one of them fits it.
+
+        Raises:
+            ExpertError: names every tensor at fault.
+        """
+        check_tensors({k: tuple(t.shape) for k, t in self.tensors.items()}, self.tensors, f"expert {self.name!r}")
+        if not self.tensors:
+            raise ExpertError(f"expert {self.name!r} holds no tensors")
+        if backbone is not None:
+            self.require_backbone(backbone)
+            with attached(backbone, self.config, self.tensors):
+                pass
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the expert as a PEFT adapter folder, all or nothing.
+
+        Returns:
+            the folder.
+
+        Raises:
+            ExpertError: if the tensors are not finite or the disk refuses; nothing half-written is left behind.
+        """
+        self.verify()
+        folder = Path(folder)
+        tensors = {k: t.detach().cpu().contiguous() for k, t in sorted(self.tensors.items())}
+        with _atomic_folder(folder) as target:
+            (target / CONFIG_FILE).write_text(json.dumps(dict(self.config), indent=2) + "\n", encoding="utf-8")
+            safetensors.torch.save_file(tensors, target / TENSOR_FILE, metadata={"format": "pt"})
+            card = {
+                "schema": SCHEMA,
+                **asdict(self.card),
+                "sha256": file_hash(target / TENSOR_FILE),
+                "tensors": {k: list(t.shape) for k, t in tensors.items()},
+            }
+            (target / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+            (target / "README.md").write_text(_model_card(self), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Expert:
+        """Read an expert folder, or any PEFT adapter folder, and check it against its own record.
+
+        Raises:
+            ExpertError: if a file is missing, truncated or altered, or a tensor is missing, extra, misshaped or not
+                finite; the message names it.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / CONFIG_FILE, "this is not an expert folder")
+        tensors = _read_tensors(folder / TENSOR_FILE)
+        if not (folder / CARD_FILE).is_file():
+            card = ExpertCard(
+                name=folder.name,
+                backbone=config.get("base_model_name_or_path") or "",
+                method=str(config.get("peft_type", "")).lower(),
+                parameters=sum(t.numel() for t in tensors.values()),
+            )
+            expert = cls(tensors, config, card)
+            expert.verify()
+            return expert
+        record = _read_json(folder / CARD_FILE, "the expert's card is missing")
+        if record.get("schema") != SCHEMA:
+            raise ExpertError(f"{folder / CARD_FILE}: schema {record.get('schema')!r}, this version reads {SCHEMA}")
+        shapes = {k: tuple(v) for k, v in record.get("tensors", {}).items()}
+        check_tensors(shapes, tensors, f"expert in {folder}")
+        if record.get("sha256") != file_hash(folder / TENSOR_FILE):
+            raise ExpertError(f"{folder / TENSOR_FILE} was changed after it was saved: its hash differs from the card's")
+        known = {f.name for f in fields(ExpertCard)}
+        values = {k: v for k, v in record.items() if k in known}
+        for key in ("choices", "lineage"):
+            values[key] = tuple(values.get(key, ()))
+        return cls(tensors, config, ExpertCard(**values))
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of named tensors: 16 hexadecimal digits of SHA-256 over names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes ``folder`` when the block succeeds; its name starts with a dot."""
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        for path in temporary.iterdir():
+            _sync(path)
+        if folder.exists():
+            old = temporary.with_suffix(".old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ExpertError(f"could not save {folder}: {error}; nothing was written") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _read_json(path: Path, problem: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ExpertError(f"no such file: {path}; {problem}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ExpertError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ExpertError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ExpertError(f"no such file: {path}; only safetensors are read, never pickles")
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ExpertError(f"{path} cannot be read, it is truncated or not a safetensors file ({error})") from error
+    return tensors
+
+
+def _model_card(expert: Expert) -> str:
+    card = expert.card
+    encoder_decoder = card.training.get("family") == "seq2seq"
+    auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModel"
+    own = "import pituning.methods  # enters the method into PEFT\n" if card.method == "bottleneck" else ""
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {card.backbone}",
+        "tags: [pituning, peft]",
+        "---",
+        f"# {card.name}",
+        "",
+        f"A `{card.method}` expert ({card.parameters:,} parameters) for the task `{card.task}`"
+        + (f", from {card.shots} labelled examples per class." if card.shots else "."),
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        f"{own}model = {auto}.from_pretrained({card.backbone!r})",
+        'model = PeftModel.from_pretrained(model, "PATH/TO/THIS/FOLDER")',
+        "```",
+    ]
+    if card.choices:
+        lines += ["", "Answers: " + "; ".join(f"`{c}`" for c in card.choices) + "."]
+    if card.lineage:
+        lines += ["", "| blended from | mean weight |", "|---|---|"]
+        lines += [f"| {parent['name']} | {parent['weight']:.3f} |" for parent in card.lineage]
+    if card.metrics:
+        lines += ["", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in card.metrics.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,16 @@
+"""How a backbone is adapted. Importing this package enters pituning's own methods into PEFT's tables."""
+
+from pituning.methods.attach import Attached, attached, config_dict, initial_tensors, peft_config
+from pituning.methods.bottleneck import BottleneckConfig
+from pituning.methods.presets import make_config, method_names
+
+__all__ = [
+    "Attached",
+    "BottleneckConfig",
+    "attached",
+    "config_dict",
+    "initial_tensors",
+    "make_config",
+    "method_names",
+    "peft_config",
+]

@@ -1,0 +1,131 @@
+"""Put an expert's layers on a backbone for the length of a ``with`` block, and prove that its tensors fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from pituning.backbones.base import Backbone
+from pituning.errors import ExpertError
+
+_PREFIX = "base_model.model."
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An expert sitting in a backbone.
+
+    Attributes:
+        parameters: the expert's live parameters under PEFT's file key names.
+        live_names: from file key name to the parameter's name inside ``backbone.model``.
+    """
+
+    backbone: Backbone
+    peft_model: PeftModel
+    parameters: dict[str, nn.Parameter]
+    live_names: dict[str, str]
+
+
+@contextmanager
+def attached(
+    backbone: Backbone, config: PeftConfig | Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> Iterator[Attached]:
+    """Attach an expert to a backbone; on leaving the block the bare backbone is back, unchanged.
+
+    Args:
+        backbone: must not carry an expert already.
+        config: the PEFT configuration, or its dictionary form as in ``adapter_config.json``.
+        tensors: the expert's tensors under PEFT's file key names; ``None`` leaves the initial values, which are a
+            function of (backbone, configuration) only, so that all experts of a pool share their coordinates.
+
+    Raises:
+        ExpertError: if a tensor is missing, extra, of another shape, or not finite; every one is named.
+    """
+    backbone.require_free()
+    config = peft_config(config)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # transformers 5.23 deprecates an attribute that PEFT 0.21 still asks for on every get_peft_model.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        torch.manual_seed(_init_seed(backbone, config))
+        peft_model = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
+    try:
+        live = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+        keys = {name: _file_key(name) for name in live}
+        parameters = {keys[name]: p for name, p in live.items()}
+        if tensors is not None:
+            check_tensors({k: tuple(p.shape) for k, p in parameters.items()}, tensors)
+            with torch.no_grad():
+                for key, parameter in parameters.items():
+                    parameter.copy_(tensors[key])
+        live_names = {keys[name]: name.removeprefix(_PREFIX) for name in live}
+        with backbone.occupied_by(peft_model):
+            yield Attached(backbone, peft_model, parameters, live_names)
+    finally:
+        peft_model.unload()
+        backbone.model.requires_grad_(False).eval()
+
+
+def peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
+    """A fresh PEFT configuration object; attaching one never changes the caller's."""
+    import pituning.methods.bottleneck  # noqa: F401 - enters our methods into PEFT's tables
+
+    settings = config_dict(config) if isinstance(config, PeftConfig) else dict(config)
+    settings["inference_mode"] = False
+    return PeftConfig.from_peft_type(**settings)
+
+
+def config_dict(config: PeftConfig) -> dict[str, Any]:
+    """A PEFT configuration as plain JSON values, in a fixed order, without machine paths."""
+    values = json.loads(json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+    values["peft_type"] = str(getattr(config.peft_type, "value", config.peft_type))
+    values["base_model_name_or_path"] = None
+    return dict(sorted(values.items()))
+
+
+def initial_tensors(backbone: Backbone, config: PeftConfig | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The common starting point φ_0 of all experts with this configuration on this backbone."""
+    with attached(backbone, config) as site:
+        return {key: p.detach().clone() for key, p in site.parameters.items()}
+
+
+def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str = "expert") -> None:
+    """Compare key sets, shapes and finiteness.
+
+    Raises:
+        ExpertError: names every tensor that is missing, extra, misshaped or not finite.
+    """
+    problems = [f"missing tensor {key} {list(expected[key])}" for key in expected if key not in found]
+    problems += [f"extra tensor {key} {list(found[key].shape)}" for key in found if key not in expected]
+    for key in expected.keys() & found.keys():
+        if tuple(found[key].shape) != expected[key]:
+            problems.append(f"tensor {key} has shape {list(found[key].shape)}, expected {list(expected[key])}")
+        elif not torch.isfinite(found[key]).all():
+            bad = int((~torch.isfinite(found[key])).sum())
+            problems.append(f"tensor {key} {list(expected[key])} holds {bad} values that are NaN or infinite")
+    if problems:
+        more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
+        listed = "".join(f"\n  {p}" for p in sorted(problems)[:8])
+        raise ExpertError(f"{where} does not fit its configuration:{listed}{more}")
+
+
+def _init_seed(backbone: Backbone, config: PeftConfig) -> int:
+    text = backbone.fingerprint + json.dumps(config_dict(config), sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _file_key(name: str) -> str:
+    """PEFT's file key of a live parameter: the adapter's name is the last or the last but one part."""
+    head, _, last = name.rpartition(".")
+    if last == _ADAPTER:
+        return head
+    return f"{head.removesuffix('.' + _ADAPTER)}.{last}"

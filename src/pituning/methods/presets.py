@@ -1,0 +1,47 @@
+"""From a method's name to a PEFT configuration with this project's defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+from pituning.backbones.base import Backbone
+from pituning.errors import PituningError, unknown_name
+from pituning.methods.bottleneck import BottleneckConfig
+
+_PRESETS: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
+    "lora": (LoraConfig, {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}),
+    "bottleneck": (BottleneckConfig, {"r": 64}),
+}
+
+
+def method_names() -> list[str]:
+    """Names that :func:`make_config` knows."""
+    return sorted(_PRESETS)
+
+
+def make_config(method: str, backbone: Backbone, **overrides: Any) -> PeftConfig:
+    """The PEFT configuration of a method on a backbone.
+
+    Args:
+        method: ``"lora"`` or ``"bottleneck"``.
+        backbone: gives the modules to adapt, unless ``target_modules`` is among the overrides.
+        overrides: fields of the method's PEFT configuration.
+
+    Raises:
+        UnknownNameError: for another method name.
+        PituningError: for a field the method does not have, or a backbone without modules to adapt.
+    """
+    if method not in _PRESETS:
+        raise unknown_name("method", method, _PRESETS)
+    config_type, defaults = _PRESETS[method]
+    settings = {"target_modules": backbone.adaptable(method), **defaults, **overrides}
+    unknown = sorted(set(settings) - set(config_type.__dataclass_fields__))
+    if unknown:
+        raise PituningError(f"method {method!r} has no setting {', '.join(unknown)}")
+    if not settings["target_modules"]:
+        raise PituningError(
+            f"method {method!r} finds no module to adapt in backbone {backbone.name!r}; give target_modules=[...]"
+        )
+    return config_type(**settings)

@@ -1,0 +1,234 @@
+"""A task: data splits, prompt, answers and metric. It knows nothing of models."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pituning.data.fewshot import draw_shots
+from pituning.data.hub import load_hub_split, rows_from_dataset
+from pituning.data.tables import SUFFIXES, Row, read_table
+from pituning.errors import DataError, unknown_name
+from pituning.example import Example
+
+DATA_VARIABLE = "PITUNING_DATA"
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples by split, with the choices and the metric that belong to them.
+
+    Attributes:
+        name: registry name or a name of the user's own.
+        choices: label texts in label order.
+        splits: ``train``, ``dev`` and ``test``; a few-shot task has no ``dev``: its shots include validation.
+        metric: name of the metric that :func:`pituning.evaluate` reports first.
+        shots: examples per class in ``train``; ``None`` for full data.
+        seed: seed of the few-shot draw.
+    """
+
+    name: str
+    choices: tuple[str, ...]
+    splits: Mapping[str, tuple[Example, ...]]
+    metric: str = "accuracy"
+    shots: int | None = None
+    seed: int = 0
+
+    def split(self, name: str, limit: int | None = None) -> tuple[Example, ...]:
+        """Examples of one split; ``limit`` takes a seeded, fixed sample of it.
+
+        Raises:
+            DataError: if there is no such split or it is empty.
+        """
+        if not self.splits.get(name):
+            present = ", ".join(f"{k} ({len(v)})" for k, v in self.splits.items() if v) or "none"
+            raise DataError(f"task {self.name!r} has no examples in split {name!r}; it has {present}")
+        examples = self.splits[name]
+        if limit is None or limit >= len(examples):
+            return examples
+        order = sorted(examples, key=lambda e: hashlib.sha256(e.id.encode()).digest())
+        return tuple(order[:limit])
+
+    def few_shot(self, shots: int, seed: int = 0) -> Task:
+        """The same task with ``shots`` labelled examples per class, drawn from the training split."""
+        drawn = draw_shots(self.split("train"), shots, seed)
+        splits = {"train": drawn, "test": self.splits.get("test", ())}
+        return replace(self, splits=splits, shots=shots, seed=seed)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{k} {len(v)}" for k, v in self.splits.items())
+        return f"Task({self.name!r}, {len(self.choices)} choices, {sizes})"
+
+
+@dataclass(frozen=True)
+class TaskDefinition:
+    """How a named task's files become examples.
+
+    Attributes:
+        labels: from the file's label value to the label text; the texts differ between tasks, so that transfer is not
+            an artefact of shared label words.
+        texts: the input columns, one or two.
+        prompt: template over the input columns for generative backbones.
+        hub: (path, name) in the `datasets` hub, used where no file is found; its columns and label values must agree.
+    """
+
+    name: str
+    labels: Mapping[str, str]
+    texts: tuple[str, ...] = ("text",)
+    label: str = "label"
+    prompt: str = "{text}"
+    metric: str = "accuracy"
+    hub: tuple[str, str | None] | None = None
+    hub_splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
+
+    def examples(self, rows: Sequence[Row], split: str) -> tuple[Example, ...]:
+        """Turn rows into examples.
+
+        Raises:
+            DataError: for a label outside the task's labels, with the row's place.
+        """
+        choices = tuple(self.labels.values())
+        examples = []
+        for number, (where, row) in enumerate(rows):
+            if row[self.label] not in self.labels:
+                known = ", ".join(self.labels)
+                raise DataError(f"{where}: label {row[self.label]!r} is not one of task {self.name!r}: {known}")
+            texts = tuple(row[c] for c in self.texts)
+            prompt = self.prompt.format(**{c: row[c] for c in self.texts})
+            target = self.labels[row[self.label]]
+            examples.append(Example(f"{self.name}/{split}/{number}", texts, prompt, target, choices))
+        return tuple(examples)
+
+    def load(self, folder: Path | None) -> Task:
+        """Read the splits from a folder, or from the hub where ``folder`` is ``None``."""
+        columns = [*self.texts, self.label]
+        splits: dict[str, tuple[Example, ...]] = {}
+        if folder is not None:
+            for split in SPLITS:
+                files = [folder / f"{split}{s}" for s in SUFFIXES if (folder / f"{split}{s}").is_file()]
+                if files:
+                    splits[split] = self.examples(read_table(files[0], columns), split)
+            if not splits:
+                raise DataError(f"{folder} holds no train, dev or test file ({', '.join(SUFFIXES)})")
+        elif self.hub is not None:
+            for split, remote in self.hub_splits.items():
+                splits[split] = self.examples(load_hub_split(*self.hub, remote, columns), split)
+        return Task(self.name, tuple(self.labels.values()), splits, self.metric)
+
+
+_REGISTRY: dict[str, TaskDefinition] = {}
+
+
+def register_task(definition: TaskDefinition) -> TaskDefinition:
+    """Make a task available by name."""
+    _REGISTRY[definition.name] = definition
+    return definition
+
+
+def task_names() -> list[str]:
+    """Names that :func:`load_task` knows."""
+    _register_built_in()
+    return sorted(_REGISTRY)
+
+
+def load_task(name: str, *, shots: int | None = None, seed: int = 0, data: str | Path | None = None) -> Task:
+    """Load a task by name.
+
+    The files are looked for in ``data``, then in the folder that the environment variable PITUNING_DATA names, then in
+    ``../shared/data/text``, then among the samples packaged for the demo, then by name through `datasets`. Each of
+    these places holds one folder per task with ``train.tsv``, ``dev.tsv``, ``test.tsv`` (or .csv, .jsonl).
+
+    Args:
+        shots: labelled examples per class, validation included; ``None`` keeps the full data.
+        seed: seed of the few-shot draw.
+
+    Raises:
+        UnknownNameError: if no task of that name is registered.
+        DataError: if its data cannot be found or read.
+    """
+    _register_built_in()
+    if name not in _REGISTRY:
+        raise unknown_name("task", name, _REGISTRY, "Own data: pituning.task_from_files(...) or --task-file.")
+    task = _REGISTRY[name].load(_find_folder(_REGISTRY[name], data))
+    return task if shots is None else task.few_shot(shots, seed)
+
+
+def task_from_files(
+    name: str,
+    files: Mapping[str, str | Path],
+    labels: Mapping[str, str],
+    *,
+    texts: Sequence[str] = ("text",),
+    label: str = "label",
+    prompt: str | None = None,
+) -> Task:
+    """A task from the user's own files.
+
+    Args:
+        files: from split name (``train``, ``dev``, ``test``) to a TSV, CSV or JSONL file.
+        labels: from the file's label value to a natural label text ("a positive review").
+        texts: one or two input columns.
+        prompt: template for generative backbones; the inputs one below the other by default.
+    """
+    template = prompt or "\n".join("{" + c + "}" for c in texts)
+    definition = TaskDefinition(name, dict(labels), tuple(texts), label, template)
+    columns = [*texts, label]
+    splits = {split: definition.examples(read_table(Path(path), columns), split) for split, path in files.items()}
+    return Task(name, tuple(definition.labels.values()), splits)
+
+
+def task_from_datasets(
+    name: str,
+    datasets: Mapping[str, Any],
+    labels: Mapping[str, str],
+    *,
+    texts: Sequence[str] = ("text",),
+    label: str = "label",
+    prompt: str | None = None,
+) -> Task:
+    """A task from `datasets.Dataset` objects, one per split; arguments as in :func:`task_from_files`."""
+    template = prompt or "\n".join("{" + c + "}" for c in texts)
+    definition = TaskDefinition(name, dict(labels), tuple(texts), label, template)
+    splits = {
+        split: definition.examples(rows_from_dataset(data, [*texts, label], f"{name}:{split}"), split)
+        for split, data in datasets.items()
+    }
+    return Task(name, tuple(definition.labels.values()), splits)
+
+
+def packaged_data() -> Path:
+    """Folder of the samples that ship with the package."""
+    return Path(__file__).parent.parent / "data" / "demo"
+
+
+def _find_folder(definition: TaskDefinition, data: str | Path | None) -> Path | None:
+    name = definition.name
+    if data is not None:
+        if not (Path(data) / name).is_dir():
+            raise DataError(f"task {name!r}: there is no folder {Path(data) / name}")
+        return Path(data) / name
+    places = [Path("../shared/data/text"), packaged_data()]
+    if os.environ.get(DATA_VARIABLE):
+        places.insert(0, Path(os.environ[DATA_VARIABLE]))
+    for place in places:
+        if (place / name).is_dir():
+            return place / name
+    if definition.hub is None:
+        looked = ", ".join(str(p / name) for p in places)
+        raise DataError(
+            f"task {name!r}: no data found (looked in {looked}); give --data FOLDER, or set {DATA_VARIABLE} to a folder "
+            f"that holds {name}/train.tsv and {name}/test.tsv"
+        )
+    return None
+
+
+def _register_built_in() -> None:
+    from pituning.tasks import sentence_pairs, text_classification
+
+    for definition in (*text_classification.TASKS, *sentence_pairs.TASKS):
+        _REGISTRY.setdefault(definition.name, definition)
