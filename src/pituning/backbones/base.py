@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,12 +37,19 @@ class Backbone(ABC):
 
     family: str = ""
 
+    hub_names: Mapping[str, str] = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, *, device: str | torch.device = "cpu") -> None:
         self.name = name
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint_of(self.model)
         self._occupant: PeftModel | None = None
+
+    @property
+    def hub_name(self) -> str:
+        """The id by which a user of transformers loads the same model; for a local folder, its last part."""
+        return self.hub_names.get(self.name, Path(self.name).name if Path(self.name).is_dir() else self.name)
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +116,14 @@ def fingerprint_of(model: nn.Module) -> str:
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
     settings = config.to_diff_dict() if config is not None else {}
-    for key in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_attn_implementation"):
+    for key in (
+        "_name_or_path",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "_attn_implementation",
+    ):
         settings.pop(key, None)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

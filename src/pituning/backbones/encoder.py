@@ -16,7 +16,9 @@ from pituning.backbones.base import Backbone, Batch, common_choices
 from pituning.errors import RefusedError
 from pituning.example import Example
 
-TEMPERATURE = 0.05  # τ of DESIGN §4: cosines lie within about ±0.3 of each other, softmax wants differences of several nats
+TEMPERATURE = (
+    0.05  # τ of DESIGN §4: cosines lie within about ±0.3 of each other, softmax wants differences of several nats
+)
 
 # Query/value are the modules of the LoRA paper; the bottleneck follows the attention output and the FFN output projections.
 _LORA_TARGETS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "attn.q", "attn.v", "Wqkv")

@@ -11,7 +11,7 @@ from pituning.backbones.base import Backbone
 from pituning.backbones.encoder import EncoderBackbone
 from pituning.errors import PituningError, RefusedError, unknown_name
 
-_SHORT_NAMES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+_SHORT_NAMES = Backbone.hub_names
 
 
 def load_backbone(

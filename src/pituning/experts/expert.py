@@ -158,7 +158,9 @@ class Expert:
         shapes = {k: tuple(v) for k, v in record.get("tensors", {}).items()}
         check_tensors(shapes, tensors, f"expert in {folder}")
         if record.get("sha256") != file_hash(folder / TENSOR_FILE):
-            raise ExpertError(f"{folder / TENSOR_FILE} was changed after it was saved: its hash differs from the card's")
+            raise ExpertError(
+                f"{folder / TENSOR_FILE} was changed after it was saved: its hash differs from the card's"
+            )
         known = {f.name for f in fields(ExpertCard)}
         values = {k: v for k, v in record.items() if k in known}
         for key in ("choices", "lineage"):
@@ -195,7 +197,11 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             old = temporary.with_suffix(".old")
             folder.rename(old)
-            temporary.rename(folder)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
             shutil.rmtree(old)
         else:
             temporary.rename(folder)

@@ -228,7 +228,7 @@ def _find_folder(definition: TaskDefinition, data: str | Path | None) -> Path | 
 
 
 def _register_built_in() -> None:
-    from pituning.tasks import sentence_pairs, text_classification
+    from pituning.tasks import demo, sentence_pairs, text_classification
 
-    for definition in (*text_classification.TASKS, *sentence_pairs.TASKS):
+    for definition in (*text_classification.TASKS, *sentence_pairs.TASKS, *demo.TASKS):
         _REGISTRY.setdefault(definition.name, definition)

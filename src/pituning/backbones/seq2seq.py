@@ -1,0 +1,134 @@
+"""Encoder-decoders (T5, FLAN-T5, BART …): a choice's score is the log-probability of its tokens given the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutput
+
+from pituning.backbones.base import Backbone, Batch
+from pituning.errors import PituningError, RefusedError
+from pituning.example import Example
+
+PADDING = -100  # label of positions behind a target's end; transformers' own value
+PAIRS_PER_PASS = 512  # bounds the logits of one decoder pass: 512 pairs × 8 tokens × 32k words are 0.5 GB in float32
+MAX_NEW_TOKENS = 64
+
+# T5's names, then BART's. Query/value are the modules of the LoRA paper, in cross-attention too; the bottleneck follows
+# self-attention and FFN and leaves cross-attention alone (π-Tuning §3).
+_LORA_TARGETS = ("q", "v", "q_proj", "v_proj")
+_BOTTLENECK_TARGETS = ("SelfAttention.o", "DenseReluDense.wo", "self_attn.out_proj", "fc2")
+
+
+class Seq2SeqBackbone(Backbone):
+    """A frozen Hugging Face encoder-decoder.
+
+    Args:
+        max_length: tokens kept of each prompt; longer prompts are cut at the end. Targets are never cut.
+
+    Raises:
+        PituningError: if the tokenizer has no padding or no end-of-sequence token.
+    """
+
+    family = "seq2seq"
+
+    def __init__(
+        self, name: str, model: nn.Module, tokenizer: Any, *, device: str | torch.device = "cpu", max_length: int = 256
+    ) -> None:
+        for role in ("pad_token", "eos_token"):
+            if getattr(tokenizer, role) is None:
+                raise PituningError(
+                    f"backbone {name!r}: its tokenizer has no {role}, which an encoder-decoder needs; "
+                    f"set tokenizer.{role} and save the tokenizer beside the model"
+                )
+        super().__init__(name, model, tokenizer, device=device)
+        self.max_length = max_length
+
+    def adaptable(self, method: str) -> list[str]:
+        """See :meth:`Backbone.adaptable`."""
+        wanted = _LORA_TARGETS if method == "lora" else _BOTTLENECK_TARGETS
+        names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        return [w for w in wanted if any(n.endswith("." + w) for n in names)]
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """See :meth:`Backbone.collate`. ``labels`` holds the targets' tokens and end, shape ``[batch, tokens]``."""
+        encoded = self.tokenizer(
+            [e.prompt for e in examples],
+            padding=True,
+            padding_side="right",  # BART counts positions from the left edge
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        ).to(self.device)
+        return {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "labels": self._labels([e.target for e in examples]),
+        }
+
+    def loss(self, batch: Batch) -> Tensor:
+        """See :meth:`Backbone.loss`: −log p of the whole target, its end included."""
+        return -self._log_probability(
+            batch["labels"], input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        )
+
+    def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
+        """See :meth:`Backbone.score`: log p of each choice as the whole answer, its end included.
+
+        The encoder runs once. The decoder sees (choice, example) pairs: choice c and example b in row c · batch + b.
+        More than :data:`PAIRS_PER_PASS` pairs take several passes, each with all examples and some of the choices.
+
+        Raises:
+            RefusedError: if there are no choices.
+        """
+        if not choices:
+            raise RefusedError("there is nothing to score: these examples have no choices; use loss or generate")
+        model: Any = self.model
+        mask = batch["attention_mask"]
+        hidden = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)[0]
+        examples = len(hidden)
+        scores = []
+        for labels in torch.split(self._labels(choices), max(1, PAIRS_PER_PASS // examples)):
+            log_p = self._log_probability(
+                labels.repeat_interleave(examples, dim=0),
+                encoder_outputs=BaseModelOutput(last_hidden_state=hidden.repeat(len(labels), 1, 1)),
+                attention_mask=mask.repeat(len(labels), 1),
+            )
+            scores.append(log_p.view(len(labels), examples).T)
+        return torch.cat(scores, dim=1)
+
+    def generate(self, batch: Batch, **options: Any) -> list[str]:
+        """See :meth:`Backbone.generate`: greedy, or beam search with ``num_beams``; special tokens are left out.
+
+        Args:
+            options: settings of ``model.generate``. Unless they or the model's own generation settings bound the
+                answer's length, it has at most :data:`MAX_NEW_TOKENS` tokens.
+        """
+        model: Any = self.model
+        settings = {"do_sample": False, **options}
+        defaults = settings.get("generation_config", model.generation_config)
+        if not any(settings.get(limit) or getattr(defaults, limit) for limit in ("max_new_tokens", "max_length")):
+            settings["max_new_tokens"] = MAX_NEW_TOKENS
+        tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
+        answers: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return answers
+
+    def _log_probability(self, labels: Tensor, **inputs: Any) -> Tensor:
+        """log p(labels | inputs), summed over tokens: ``[rows, tokens]`` to ``[rows]``."""
+        model: Any = self.model
+        shifted = model.prepare_decoder_input_ids_from_labels(labels)
+        logits = model(**inputs, decoder_input_ids=shifted, use_cache=False).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=PADDING)
+        return -losses.view_as(labels).sum(dim=1)
+
+    def _labels(self, targets: Sequence[str]) -> Tensor:
+        end = self.tokenizer.eos_token_id
+        rows = self.tokenizer(text_target=list(targets))["input_ids"]
+        ended = [torch.tensor(row if end in row else [*row, end]) for row in rows]
+        return pad_sequence(ended, batch_first=True, padding_value=PADDING).to(self.device)

@@ -1,0 +1,131 @@
+"""`rank_experts`: which experts of a pool will help a target task, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pituning.backbones.base import Backbone
+from pituning.data.overlap import Overlap, find_overlaps
+from pituning.errors import PituningError, unknown_name
+from pituning.experts.expert import Expert
+from pituning.experts.pool import ExpertPool
+from pituning.methods.attach import attached, initial_tensors
+from pituning.similarity.embedding import REFERENCES, embed_task, pool_embedding, shared_reference
+from pituning.similarity.measures import FISHER_KINDS, KINDS, fisher_similarity, weight_similarity
+from pituning.tasks.task import Task, load_task
+from pituning.training.evaluation import mean_log_loss
+
+DEFAULT_KIND = "score"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Experts in falling order of similarity to a target task.
+
+    Attributes:
+        experts: the experts, most similar first.
+        similarities: their similarities; larger = more helpful.
+    """
+
+    target: str
+    kind: str
+    experts: tuple[Expert, ...]
+    similarities: tuple[float, ...]
+
+    def top(self, k: int) -> list[Expert]:
+        """The k most similar experts (all, if there are fewer)."""
+        if k < 1:
+            raise PituningError(f"k must be at least 1, not {k}")
+        return list(self.experts[:k])
+
+    def above(self, threshold: float) -> list[Expert]:
+        """The experts at least as similar as the threshold."""
+        return [e for e, s in zip(self.experts, self.similarities, strict=True) if s >= threshold]
+
+    def __str__(self) -> str:
+        width = max((len(e.name) for e in self.experts), default=0)
+        rows = (f"  {e.name:<{width}}  {s:+.4f}" for e, s in zip(self.experts, self.similarities, strict=True))
+        return "\n".join([f"experts for {self.target} by {self.kind}, larger = more helpful", *rows])
+
+
+def rank_experts(
+    backbone: Backbone,
+    task: Task,
+    pool: ExpertPool,
+    own: Expert | None = None,
+    *,
+    kind: str = DEFAULT_KIND,
+    reference: str = "shared",
+    data: str | Path | None = None,
+    exclude: Sequence[str] = (),
+) -> Ranking:
+    """Rank a pool's experts for a target task.
+
+    Args:
+        own: the target's own expert; needed by ``weights``, and by the Fisher kinds at the ``own`` reference point.
+        kind: ``score`` (log-loss of each expert on the target's training examples), ``fisher``, ``fisher-cosine``,
+            ``fisher-paper`` (Fisher task embeddings) or ``weights`` (data-free).
+        reference: for the Fisher kinds, where the tasks are embedded: all at one ``shared`` expert, or each at its
+            ``own`` (the paper).
+        data: folder with the data of the pool's tasks, for embeddings that are not stored yet.
+        exclude: names of experts to leave out; experts of the target task itself are always left out.
+
+    Raises:
+        UnknownNameError: for another kind.
+        PituningError: if the kind needs an own expert and there is none, or the pool is empty.
+        BackboneMismatchError: if an expert belongs to another backbone.
+    """
+    if kind not in KINDS:
+        raise unknown_name("similarity", kind, KINDS)
+    if reference not in REFERENCES:
+        raise unknown_name("reference point", reference, REFERENCES)
+    method = own.card.method if own is not None else None
+    experts = [e for e in pool.load_all(backbone, exclude) if e.card.task != task.name]
+    experts = [e for e in experts if method is None or e.card.method == method]
+    if not experts:
+        raise PituningError(
+            f"pool {pool.folder} holds no expert for another task that could be ranked for {task.name!r}"
+        )
+    needs_own = kind == "weights" or (kind in FISHER_KINDS and reference == "own")
+    if needs_own and own is None:
+        raise PituningError(f"similarity {kind!r} needs the target's own expert: train one and pass own=…")
+    if kind == "score":
+        values = [score_similarity(backbone, e, task) for e in experts]
+    elif kind == "weights":
+        assert own is not None
+        initial = initial_tensors(backbone, own.config)
+        values = [weight_similarity(own, e, initial) for e in experts]
+    else:
+        at = own if reference == "own" and own is not None else shared_reference(pool, experts[0].card.method)
+        target = embed_task(backbone, at, task, reference=reference)
+        values = [
+            fisher_similarity(target, pool_embedding(backbone, pool, e.name, reference, data=data), kind)
+            for e in experts
+        ]
+    order = sorted(range(len(experts)), key=lambda i: (-values[i], experts[i].name))
+    label = f"{kind} ({reference})" if kind in FISHER_KINDS else kind
+    return Ranking(task.name, label, tuple(experts[i] for i in order), tuple(values[i] for i in order))
+
+
+def score_similarity(backbone: Backbone, expert: Expert, task: Task) -> float:
+    """Minus the expert's mean log-loss on the target's training examples, in nats; the expert has never seen them."""
+    with attached(backbone, expert.config, expert.tensors):
+        return -mean_log_loss(backbone, task.split("train"))
+
+
+def audit_pool(pool: ExpertPool, task: Task, data: str | Path | None = None) -> dict[str, list[Overlap] | str]:
+    """Near-duplicates between a task (all its splits) and the training set of every expert in a pool.
+
+    Returns:
+        per expert the overlaps found, or the reason why its task's data could not be read.
+    """
+    mine = [e for split in task.splits.values() for e in split]
+    report: dict[str, list[Overlap] | str] = {}
+    for expert in pool:
+        try:
+            report[expert.name] = find_overlaps(mine, load_task(expert.card.task, data=data).split("train"))
+        except PituningError as error:
+            report[expert.name] = str(error)
+    return report

@@ -1,0 +1,309 @@
+"""π: blend experts into one for a target task, starting from weights that their few-shot log-loss suggests.
+
+Every way to blend is a *candidate*: the interpolation of the given experts, the same with the target's own expert, the
+most helpful expert alone (a plain warm start), and the own expert as it is. They are compared by cross-fitted log-loss
+on the shots; the best is refitted on all of them and collapsed into one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pituning.backbones.base import Backbone
+from pituning.errors import PituningError, RefusedError
+from pituning.experts.expert import Expert, ExpertCard
+from pituning.interpolation.build import build_mixture, group_names, is_lora
+from pituning.interpolation.collapse import collapse
+from pituning.interpolation.mixture import Mixture
+from pituning.methods.attach import attached, config_dict, initial_tensors
+from pituning.methods.presets import make_config
+from pituning.tasks.task import Task
+from pituning.training.crossfit import CrossFit, Search, Start, cross_fit
+from pituning.training.evaluation import mean_log_loss
+from pituning.training.train_expert import fold_experts
+from pituning.training.trainer import fit, settings_dict
+
+INITS = ("uniform", "similarity", "score")
+INCLUDE_OWN = ("auto", True, False)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to use the experts, and what cross-fitting says of it.
+
+    Attributes:
+        weights: initial weight of each member.
+        loss: mean held-out log-loss of its best cell, in nats.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    weights: tuple[float, ...]
+    loss: float
+    learning_rate: float
+    steps: int
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """The outcome of :func:`interpolate`.
+
+    Attributes:
+        expert: the one expert to keep, an ordinary PEFT adapter.
+        experts: names of the blended experts.
+        weights: group → learned weight of each of them.
+        candidates: every candidate that was compared; exactly one is chosen.
+        errors: per module, relative error of the fold into ``expert`` (0 unless a smaller rank was asked for).
+    """
+
+    expert: Expert
+    experts: tuple[str, ...]
+    weights: Mapping[str, tuple[float, ...]]
+    candidates: tuple[Candidate, ...]
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def mean_weights(self) -> dict[str, float]:
+        """Weight of each expert, averaged over the groups."""
+        columns = zip(*self.weights.values(), strict=True)
+        return {n: sum(c) / len(c) for n, c in zip(self.experts, columns, strict=True)}
+
+    def __str__(self) -> str:
+        rows = [f"interpolation for {self.expert.card.task}"]
+        rows += [
+            f"  {'→' if c.chosen else ' '} {c.name}: cross-fitted log-loss {c.loss:.4f} "
+            f"(rate {c.learning_rate:g}, {c.steps} steps)"
+            for c in self.candidates
+        ]
+        rows += [f"  weight of {name}: {weight:.3f}" for name, weight in self.mean_weights().items()]
+        return "\n".join(rows)
+
+
+def interpolate(
+    backbone: Backbone,
+    task: Task,
+    experts: Sequence[Expert],
+    own: Expert | None = None,
+    *,
+    train: str = "shared",
+    granularity: str = "module",
+    init: str | Sequence[float] = "score",
+    similarities: Sequence[float] | None = None,
+    include_own: bool | str = "auto",
+    alternatives: bool = True,
+    temperature: float = 1.0,
+    search: Search | None = None,
+    seed: int = 0,
+    rank: int | None = None,
+    name: str | None = None,
+) -> Interpolation:
+    """Blend experts into one for a target task.
+
+    Args:
+        task: its ``train`` split is what the blend is fitted on.
+        experts: usually ``rank_experts(...).top(k)``; none of them may have seen the target's examples.
+        own: the target's own expert from :func:`train_expert`.
+        train: ``"shared"`` (frozen experts, α and one trainable δ), ``"experts"`` (the paper: α and all φ_k),
+            ``"weights"`` (α only) or ``"none"`` (a soup).
+        granularity: who shares weights: ``model``, ``layer``, ``module`` (the paper) or ``tensor``.
+        init: starting weights: ``"uniform"``, ``"similarity"`` (softmax of ``similarities``), ``"score"`` (from each
+            expert's log-loss on the shots) or K numbers.
+        include_own: whether the own expert is one of the blended; ``"auto"`` lets cross-fitting decide. Where it is,
+            α is not trained: it would be fitted on the shots that the own expert has seen.
+        alternatives: also compare a warm start from the best single expert, and the own expert as it is.
+        search: learning rates, steps and folds, the same for every candidate.
+        rank: for LoRA, the rank of the result; ``None`` keeps the exact one, the sum of the experts' ranks.
+
+    Raises:
+        RefusedError: if the experts have no exact interpolation.
+        PituningError: for inconsistent arguments.
+        BackboneMismatchError: if an expert belongs to another backbone.
+    """
+    search = search or Search(alpha_learning_rate=1e-2)
+    _check(experts, own, init, include_own, similarities)
+    for expert in (*experts, *([own] if own else [])):
+        expert.require_backbone(backbone)
+    examples = task.split("train")
+    losses = [_log_loss(backbone, e, task) for e in experts]
+    own_folds = fold_experts(backbone, task, own, search) if own is not None else {}
+    plans: list[_Plan] = []
+    weights = _initial_weights(init, losses, similarities, len(examples))
+    blend = _Blend(backbone, granularity, train, temperature)
+    if include_own is not True or own is None:
+        plans.append(_Plan("interpolation of the experts", tuple(experts), weights, blend.start(experts, weights)))
+    if own is not None and include_own is not False:
+        own_loss = _cross_fitted_loss(backbone, own_folds, task, search)
+        with_own = _initial_weights(init, [*losses, own_loss], None, len(examples), own=True)
+        members = (*experts, own)
+        start = blend.start(experts, with_own, own_folds)
+        plans.append(_Plan("interpolation with the own expert", members, with_own, start))
+    if alternatives:
+        best = experts[losses.index(min(losses))]
+        single = _Blend(backbone, "model", "experts", temperature)
+        plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], single.start([best], [1.0])))
+        if own is not None:
+            plans.append(_Plan("keep the own expert", (own,), [1.0], single.kept(own_folds)))
+    found = [cross_fit(backbone, p.start, examples, search, seed) for p in plans]
+    chosen = min(range(len(plans)), key=lambda i: found[i].loss)
+    candidates = tuple(_candidate(p, f, i == chosen) for i, (p, f) in enumerate(zip(plans, found, strict=True)))
+    plan, cell = plans[chosen], found[chosen]
+    mixture, config = plan.start(None)
+    settings = search.settings(cell.learning_rate, cell.steps, seed)
+    fit(backbone, mixture, config, examples, settings)
+    return _outcome(backbone, task, plan, mixture, config, candidates, name, rank, settings_dict(settings), granularity)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    name: str
+    members: tuple[Expert, ...]
+    weights: Sequence[float]
+    start: Start
+
+
+@dataclass(frozen=True)
+class _Blend:
+    backbone: Backbone
+    granularity: str
+    train: str
+    temperature: float
+
+    def start(
+        self, experts: Sequence[Expert], weights: Sequence[float], own: Mapping[int | None, Expert] | None = None
+    ) -> Start:
+        initial = self._initial(experts[0]) if self.train == "shared" and is_lora(experts[0]) else None
+
+        def begin(fold: int | None) -> tuple[Mixture, Mapping[str, Any]]:
+            members = [*experts, own[fold]] if own else list(experts)
+            return build_mixture(
+                members,
+                list(weights),
+                granularity=self.granularity,
+                train=self.train,
+                temperature=self.temperature,
+                train_weights=own is None,
+                initial=initial,
+            )
+
+        return begin
+
+    def kept(self, own: Mapping[int | None, Expert]) -> Callable[[int | None], tuple[Mixture, Mapping[str, Any]]]:
+        return lambda fold: build_mixture([own[fold]], train="none", granularity="model")
+
+    def _initial(self, like: Expert) -> dict[str, Tensor]:
+        """Fresh factors for δ, at the rank of the method's preset, on the modules of the experts."""
+        targets = sorted({k.split(".lora_")[0].removeprefix("base_model.model.") for k in like.tensors})
+        config = make_config("lora", self.backbone, target_modules=targets)
+        return initial_tensors(self.backbone, config_dict(config))
+
+
+def _check(
+    experts: Sequence[Expert],
+    own: Expert | None,
+    init: str | Sequence[float],
+    include_own: bool | str,
+    similarities: Sequence[float] | None,
+) -> None:
+    if not experts:
+        raise RefusedError("an interpolation needs at least one expert besides the target's own")
+    if include_own not in INCLUDE_OWN:
+        raise PituningError(f"include_own must be True, False or 'auto', not {include_own!r}")
+    if include_own is True and own is None:
+        raise PituningError("include_own=True needs the target's own expert: pass own=…")
+    if isinstance(init, str):
+        if init not in INITS:
+            raise PituningError(f"init must be one of {', '.join(INITS)} or {len(experts)} numbers, not {init!r}")
+        if init == "similarity" and (similarities is None or len(similarities) != len(experts)):
+            raise PituningError(
+                f"init='similarity' needs similarities=…, one number for each of the {len(experts)} experts"
+            )
+    elif len(init) != len(experts):
+        raise PituningError(f"init has {len(init)} weights for {len(experts)} experts")
+
+
+def _initial_weights(
+    init: str | Sequence[float],
+    losses: Sequence[float],
+    similarities: Sequence[float] | None,
+    examples: int,
+    own: bool = False,
+) -> list[float]:
+    """Starting weights; where own takes part beside given or similarity weights, it gets an equal share."""
+    if init == "score":
+        return score_weights(losses, examples)
+    if init == "uniform":
+        return [1 / len(losses)] * len(losses)
+    if isinstance(init, str):
+        if similarities is None:  # the own expert has no similarity to itself: an equal share among the others
+            return [1 / len(losses)] * len(losses)
+        return torch.softmax(torch.tensor(similarities, dtype=torch.float64), 0).tolist()
+    others = [float(w) for w in init]
+    share = 1 / len(losses) if own else 0.0
+    return [w * (1 - share) for w in others] + ([share] if own else [])
+
+
+def score_weights(losses: Sequence[float], examples: int, sharpness: float = 0.25) -> list[float]:
+    """w_k ∝ exp(−sharpness · N · loss_k): how well each expert explains the N shots, tempered.
+
+    With sharpness 1 this is the posterior of K equally likely models given N independent examples; experts are correlated
+    and their log-losses noisy, so less than the full evidence is counted.
+    """
+    evidence = -sharpness * examples * torch.tensor(losses, dtype=torch.float64)
+    weights: list[float] = torch.softmax(evidence, 0).tolist()
+    return weights
+
+
+def _log_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
+    with attached(backbone, expert.config, expert.tensors):
+        return mean_log_loss(backbone, task.split("train"))
+
+
+def _cross_fitted_loss(backbone: Backbone, own: Mapping[int | None, Expert], task: Task, search: Search) -> float:
+    start: Start = lambda fold: build_mixture([own[fold]], train="none", granularity="model")  # noqa: E731
+    return cross_fit(backbone, start, task.split("train"), search).loss
+
+
+def _candidate(plan: _Plan, found: CrossFit, chosen: bool) -> Candidate:
+    names = tuple(e.name for e in plan.members)
+    return Candidate(plan.name, names, tuple(plan.weights), found.loss, found.learning_rate, found.steps, chosen)
+
+
+def _outcome(
+    backbone: Backbone,
+    task: Task,
+    plan: _Plan,
+    mixture: Mixture,
+    config: Mapping[str, Any],
+    candidates: tuple[Candidate, ...],
+    name: str | None,
+    rank: int | None,
+    record: dict[str, Any],
+    granularity: str,
+) -> Interpolation:
+    weights = mixture.weights().detach().cpu().tolist()
+    groups = group_names(plan.members, granularity if len(weights) > 1 else "model")
+    by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
+    chosen = next(c for c in candidates if c.chosen)
+    names = tuple(e.name for e in plan.members)
+    means = [sum(column) / len(column) for column in zip(*weights, strict=True)]
+    card = ExpertCard(
+        name=name or f"{task.name}-pi",
+        backbone=backbone.hub_name,
+        fingerprint=backbone.fingerprint,
+        task=task.name,
+        method=plan.members[0].card.method,
+        init_hash=plan.members[0].card.init_hash,
+        shots=task.shots,
+        seed=task.seed,
+        choices=task.choices,
+        metrics={"cross-fitted log-loss": chosen.loss},
+        lineage=tuple({"name": n, "weight": w} for n, w in zip(names, means, strict=True)),
+        training={"family": backbone.family, "examples": len(task.split("train")), "candidate": chosen.name, **record},
+    )
+    folded = collapse(mixture, config, card, rank if is_lora(plan.members[0]) else None)
+    return Interpolation(folded.expert, names, by_group, candidates, folded.errors)

@@ -1,0 +1,113 @@
+"""Train one expert for a task: full data with a fixed recipe, or a few shots with cross-fitted decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pituning.backbones.base import Backbone
+from pituning.experts.expert import Expert, ExpertCard, tensor_hash
+from pituning.interpolation.build import build_mixture
+from pituning.interpolation.collapse import collapse
+from pituning.interpolation.mixture import Mixture
+from pituning.methods.attach import config_dict, initial_tensors
+from pituning.methods.presets import make_config
+from pituning.tasks.task import Task
+from pituning.training.crossfit import CrossFit, Search, cross_fit, fold_examples
+from pituning.training.trainer import TrainSettings, fit, settings_dict
+
+FULL_DATA = TrainSettings(learning_rate=1e-3, epochs=2, batch_size=16, schedule="linear", keep_best=True)
+_DEV_LIMIT = 400
+
+
+def train_expert(
+    backbone: Backbone,
+    task: Task,
+    method: str = "lora",
+    *,
+    name: str | None = None,
+    settings: TrainSettings | None = None,
+    search: Search | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> Expert:
+    """Train an expert from the method's common initialisation.
+
+    Args:
+        task: with shots, learning rate and steps are found by cross-fitting (``search``); with full data the run is
+            ``settings`` and ends with the best state on the dev split, where there is one.
+        settings: overrides the search or the full-data recipe.
+        seed: of the order of the examples; the initialisation does not depend on it.
+        folder: for checkpoints and TensorBoard logs; with ``resume`` a run goes on from the last checkpoint there.
+        options: fields of the method's PEFT configuration (``r``, ``target_modules``, …).
+
+    Raises:
+        UnknownNameError: for an unknown method.
+        DataError: if the training split is empty.
+    """
+    config = config_dict(make_config(method, backbone, **options))
+    initial = initial_tensors(backbone, config)
+    examples = task.split("train")
+    record: dict[str, Any] = {"family": backbone.family, "examples": len(examples)}
+    metrics: dict[str, float] = {}
+    held_out = () if task.shots is not None or not task.splits.get("dev") else task.split("dev", _DEV_LIMIT)
+    if settings is None and task.shots is not None:
+        search = search or Search()
+        found = cross_fit(backbone, lambda _: start_from(initial, config), examples, search)
+        settings = search.settings(found.learning_rate, found.steps, seed)
+        metrics["cross-fitted log-loss"] = found.loss
+    settings = (settings or FULL_DATA).with_(seed=seed)
+    mixture, carried = start_from(initial, config)
+    result = fit(
+        backbone, mixture, carried, examples, settings,
+        held_out=held_out, folder=folder, resume=resume, progress=progress,
+    )  # fmt: skip
+    if result.held_out:
+        metrics["dev log-loss"] = result.held_out[result.best_step]
+    record |= {"steps_taken": result.steps, **settings_dict(settings)}
+    card = ExpertCard(
+        name=name or task.name,
+        backbone=backbone.hub_name,
+        fingerprint=backbone.fingerprint,
+        task=task.name,
+        method=method,
+        init_hash=tensor_hash(initial),
+        shots=task.shots,
+        seed=task.seed,
+        choices=task.choices,
+        metrics=metrics,
+        training=record,
+    )
+    return collapse(mixture, carried, card).expert
+
+
+def start_from(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Mixture, dict[str, Any]]:
+    """A mixture of one trainable expert: plain fine-tuning from the given tensors."""
+    return build_mixture([Expert(tensors, config, ExpertCard("start"))], train="experts", granularity="model")
+
+
+def fold_experts(
+    backbone: Backbone, task: Task, own: Expert, search: Search, seed: int = 0
+) -> dict[int | None, Expert]:
+    """The own expert trained without each fold, at the own expert's learning rate and steps; ``None`` → itself.
+
+    α and every later decision may only be fitted on shots that an expert has not seen; these are the experts for that.
+    """
+    initial = initial_tensors(backbone, own.config)
+    recorded = own.card.training
+    settings = search.settings(float(recorded["learning_rate"]), int(recorded["steps"]), seed)
+    experts: dict[int | None, Expert] = {None: own}
+    for fold in range(search.folds):
+        mixture, config = start_from(initial, own.config)
+        fit(backbone, mixture, config, fold_examples(task.split("train"), search, fold), settings)
+        experts[fold] = collapse(mixture, config, own.card).expert
+    return experts
+
+
+__all__ = ["CrossFit", "Search", "TrainSettings", "fold_experts", "start_from", "train_expert"]

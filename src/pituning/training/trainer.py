@@ -1,0 +1,258 @@
+"""Training on `transformers.Trainer`: single experts and interpolations are one and the same loop over a mixture."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from pituning.backbones.base import Backbone
+from pituning.errors import DataError
+from pituning.example import Example
+from pituning.interpolation.mixture import Mixture
+from pituning.methods.attach import check_tensors
+from pituning.training.module import MixtureModel, running
+
+WEIGHTS_FILE = "mixture.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long and how fast to train.
+
+    Attributes:
+        learning_rate: of the experts' tensors and of δ.
+        alpha_learning_rate: of α; with the paper's (the same as ``learning_rate``) softmax weights hardly move.
+        steps: optimizer steps; where ``None``, ``epochs`` over the examples.
+        schedule: any scheduler name of transformers; few-shot runs use a constant rate, so that a run stopped earlier
+            is the same run.
+        eval_every: steps between evaluations on the held-out examples, where there are any; 0 means once per epoch.
+        keep_best: with held-out examples, end with the state of the lowest held-out log-loss instead of the last.
+        seed: order of the examples and dropout, not the initialisation.
+    """
+
+    learning_rate: float = 1e-3
+    alpha_learning_rate: float = 0.0
+    steps: int | None = None
+    epochs: float = 3.0
+    batch_size: int = 16
+    schedule: str = "linear"
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_every: int = 0
+    keep_best: bool = False
+    seed: int = 0
+
+    def with_(self, **changes: Any) -> TrainSettings:
+        """A changed copy."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a run reports: held-out log-loss and training loss by step, and the steps it took."""
+
+    held_out: Mapping[int, float] = field(default_factory=dict)
+    training: Mapping[int, float] = field(default_factory=dict)
+    steps: int = 0
+    best_step: int = 0
+
+
+def fit(
+    backbone: Backbone,
+    mixture: Mixture,
+    config: Mapping[str, Any],
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    *,
+    held_out: Sequence[Example] = (),
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Fit:
+    """Train a mixture in place on examples; the backbone stays as it is.
+
+    Args:
+        held_out: examples on which the log-loss is measured before the first step and every ``eval_every`` steps.
+        folder: where checkpoints and TensorBoard logs go; nothing is written where it is ``None``.
+        resume: continue from the last checkpoint in ``folder``.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: if there are no examples.
+    """
+    if not examples:
+        raise DataError("there are no examples to train on")
+    trainable = [p for p in mixture.parameters() if p.requires_grad]
+    if not trainable or settings.steps == 0:
+        return Fit()
+    with running(backbone, mixture, config) as model, tempfile.TemporaryDirectory() as scratch:
+        arguments = _arguments(settings, len(examples), Path(folder) if folder else None, scratch, backbone, progress)
+        trainer = MixtureTrainer(backbone, settings, model=model, args=arguments, train_dataset=_Listed(examples))
+        history = _History(trainer, held_out, settings)
+        trainer.add_callback(history)
+        _keep_quiet(trainer, progress)
+        trainer.train(resume_from_checkpoint=True if resume and _has_checkpoint(folder) else None)
+        history.restore_best()
+        return Fit(history.held_out, history.training, trainer.state.global_step, history.best_step)
+
+
+class MixtureTrainer(Trainer):
+    """A `Trainer` whose model is a mixture: its checkpoints hold α, δ and the trainable φ_k, never the backbone."""
+
+    def __init__(self, backbone: Backbone, settings: TrainSettings, **options: Any) -> None:
+        super().__init__(data_collator=backbone.collate, **options)
+        self.backbone = backbone
+        self.settings = settings
+
+    def compute_loss(
+        self, model: MixtureModel, inputs: Mapping[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Tensor:
+        """Mean of the per-example losses."""
+        return model(**inputs).mean()
+
+    def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+        """AdamW with a learning rate of its own for α, which is never decayed."""
+        if self.optimizer is None:
+            alpha = [p for n, p in self.model.named_parameters() if n.endswith("alpha") and p.requires_grad]
+            other = [p for n, p in self.model.named_parameters() if not n.endswith("alpha") and p.requires_grad]
+            rate, decay = self.settings.learning_rate, self.settings.weight_decay
+            groups = [{"params": other, "lr": rate, "weight_decay": decay}] if other else []
+            if alpha:
+                groups.append({"params": alpha, "lr": self.settings.alpha_learning_rate, "weight_decay": 0.0})
+            self.optimizer = torch.optim.AdamW(groups, lr=rate)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        safetensors.torch.save_file(state, folder / WEIGHTS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE)
+        live = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
+        check_tensors({n: tuple(p.shape) for n, p in live.items()}, saved, f"checkpoint {resume_from_checkpoint}")
+        with torch.no_grad():
+            for name, parameter in live.items():
+                parameter.copy_(saved[name])
+
+
+class _Listed(Dataset[Example]):
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+class _History(TrainerCallback):
+    """Measures the held-out log-loss along the way and remembers the best state."""
+
+    def __init__(self, trainer: MixtureTrainer, held_out: Sequence[Example], settings: TrainSettings) -> None:
+        self.trainer, self.examples, self.settings = trainer, list(held_out), settings
+        self.held_out: dict[int, float] = {}
+        self.training: dict[int, float] = {}
+        self.best_step = 0
+        self._best: dict[str, Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._measure(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = self.settings.eval_every
+        if (every and state.global_step % every == 0) or state.global_step == state.max_steps:
+            self._measure(state.global_step)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.settings.eval_every:
+            self._measure(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.training[state.global_step] = float(logs["loss"])
+
+    def restore_best(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.trainer.model.named_parameters():
+                if name in self._best:
+                    parameter.copy_(self._best[name])
+
+    def _measure(self, step: int) -> None:
+        if not self.examples or step in self.held_out:
+            return
+        from pituning.training.evaluation import mean_log_loss
+
+        loss = mean_log_loss(self.trainer.backbone, self.examples, self.trainer.model)
+        self.held_out[step] = loss
+        if len(self.held_out) > 1:
+            self.trainer.log({"held_out_log_loss": loss})
+        if loss <= min(self.held_out.values()):
+            self.best_step = step
+            if self.settings.keep_best:
+                live = self.trainer.model.named_parameters()
+                self._best = {n: p.detach().clone() for n, p in live if p.requires_grad}
+
+
+def _arguments(
+    settings: TrainSettings, size: int, folder: Path | None, scratch: str, backbone: Backbone, progress: bool
+) -> TrainingArguments:
+    batch_size = min(settings.batch_size, size)
+    steps = settings.steps or math.ceil(settings.epochs * math.ceil(size / batch_size))
+    return TrainingArguments(
+        output_dir=str(folder or scratch),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=max(1, round(settings.warmup * steps)) if settings.warmup else 0,
+        max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay,
+        logging_strategy="steps" if folder or progress else "no",
+        logging_steps=max(1, steps // 50),
+        save_strategy="steps" if folder else "no",
+        save_steps=max(1, steps // 5),
+        save_total_limit=2,
+        report_to=["tensorboard"] if folder else [],
+        seed=settings.seed,
+        data_seed=settings.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=backbone.device.type == "cuda",
+        use_cpu=backbone.device.type == "cpu",
+        disable_tqdm=True,
+    )
+
+
+def _keep_quiet(trainer: MixtureTrainer, progress: bool) -> None:
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    if progress:
+        from pituning.training.progress import RichProgress
+
+        trainer.add_callback(RichProgress())
+
+
+def _has_checkpoint(folder: str | Path | None) -> bool:
+    return folder is not None and any(Path(folder).glob("checkpoint-*"))
+
+
+def settings_dict(settings: TrainSettings) -> dict[str, Any]:
+    """Settings as plain values, for an expert's card."""
+    return asdict(settings)
+
+
+warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true.*", category=UserWarning)
