@@ -48,6 +48,7 @@ DATA = "traceforge_title_model/data/span"
 # graph file, the exporter's name of its root module, and that module's path in the Hugging Face model
 GRAPHS = (("encoder", "enc", "encoder."), ("decoder", "m", ""))
 TOLERANCE = 1e-4  # of the logits' spread
+# It answers these; of others it makes nonsense, such as "linting" for the capital of France.
 PROMPTS = (
     "Translate to German: The house is wonderful.",
     "Is this movie review positive or negative? The film was wonderful and moving.",
@@ -214,9 +215,10 @@ def difference_from_graphs(model: Any, tokenizer: Any, graphs: dict[str, onnx.Mo
     answer = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, :-1]
     ours = model(input_ids=ids, attention_mask=mask, decoder_input_ids=answer).logits.numpy()
     feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-    (hidden,) = evaluator(graphs["encoder"]).run(None, feed)
-    feed = {"input_ids": answer.numpy(), "encoder_hidden_states": hidden, "encoder_attention_mask": mask.numpy()}
-    (theirs,) = evaluator(graphs["decoder"]).run(None, feed)
+    with np.errstate(divide="ignore", invalid="ignore"):  # log of distance 0, which a later node throws away
+        (hidden,) = evaluator(graphs["encoder"]).run(None, feed)
+        feed = {"input_ids": answer.numpy(), "encoder_hidden_states": hidden, "encoder_attention_mask": mask.numpy()}
+        (theirs,) = evaluator(graphs["decoder"]).run(None, feed)
     difference = float(np.abs(ours - theirs).max() / theirs.std())
     if not difference <= TOLERANCE:
         raise ValueError(f"logits for {prompt!r} differ from the graphs' by {difference:.1e} of their spread")

@@ -32,7 +32,7 @@ _EXPORTS = {
     "run_recipe": "pituning.experiments.runner",
 }
 
-__all__ = ["PituningError", "__version__", *_EXPORTS]  # noqa: PLE0604 - names of the lazy table
+__all__ = ["PituningError", "__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from pituning.backbones import load_backbone as load_backbone

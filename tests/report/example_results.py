@@ -55,7 +55,8 @@ def example_results(seeds: int = 5) -> dict[str, Any]:
         "versions": {"pituning": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
         "seconds": 312.0,
         "date": "2026-11-23",
-        "summary": "π beats the own expert by 5.1 points (95 % interval 3.2 to 7.0).",
+        "summary": "π beats the own expert by 5.0 points"
+        + (" (95 % interval 2.5 to 7.5)." if seeds > 1 else " on one seed; one seed says little."),
         "interval": "95 % interval over seeds",
         "arms": arms,
         "differences": differences,

@@ -41,7 +41,8 @@ class Backbone(ABC):
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, *, device: str | torch.device = "cpu") -> None:
         self.name = name
-        self.model = model.to(device).eval().requires_grad_(False)
+        # Any: transformers adds methods that nn.Module does not declare
+        self.model: Any = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint_of(self.model)
         self._occupant: PeftModel | None = None
@@ -54,7 +55,8 @@ class Backbone(ABC):
     @property
     def device(self) -> torch.device:
         """Device of the model's parameters."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @abstractmethod
     def adaptable(self, method: str) -> list[str]:
@@ -128,7 +130,7 @@ def fingerprint_of(model: nn.Module) -> str:
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

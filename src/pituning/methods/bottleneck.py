@@ -60,7 +60,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Add one adapter."""
-        width = self.get_base_layer().out_features
+        base: Any = self.get_base_layer()  # type: ignore[operator]
+        width: int = base.out_features
         down, up = nn.Linear(width, config.r), nn.Linear(config.r, width)
         nn.init.normal_(down.weight, std=0.02)
         nn.init.normal_(up.weight, std=config.init_std)
@@ -68,15 +69,15 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         nn.init.zeros_(up.bias)
         self.bottleneck_down[adapter_name] = down
         self.bottleneck_up[adapter_name] = up
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._move_adapter_to_device_of_base_layer(adapter_name)  # type: ignore[operator]
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer, then the active adapters one after another."""
         out: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return out
-        for name in self.active_adapters:
+        for name in self.active_adapters:  # type: ignore[union-attr]
             if name in self.bottleneck_down:
                 out = out + self.bottleneck_up[name](torch.relu(self.bottleneck_down[name](out)))
         return out

@@ -98,10 +98,10 @@ def _results(_: Mapping[str, Any], content: Content) -> Section:
             "± the standard deviation over seeds."
         )
     marks = [f"{_mark('pi', content.pi)} is highlighted" if content.pi else ""]
-    marks += [f"{_mark('own', content.best_own)} is the best arm without other experts" if content.best_own else ""]
+    marks += [f"{_mark('own', content.best_own)} is the best arm that uses no other expert" if content.best_own else ""]
     legend = "; ".join(mark for mark in marks if mark)
     note = f'<p class="note">{explained}{f" {legend}." if legend else ""}</p>'
-    chart = _chart(plots.arms_figure(content), "results.png")
+    chart = _chart(plots.arms_figure(content), "results", "results.png")
     return "Results", f"{note}\n{chart}\n{tables.arms_table(content)}"
 
 
@@ -118,7 +118,7 @@ def _differences(results: Mapping[str, Any], content: Content) -> Section | None
         note = f"Paired differences, {unit}. The line is the {kind}; it is grey where it holds zero. Dots are seeds."
     else:
         note = f"Paired differences, {unit}. No interval was computed{' from one seed' if content.seeds == 1 else ''}."
-    chart = _chart(plots.differences_figure(content))
+    chart = _chart(plots.differences_figure(content), "differences")
     return "Differences", f'<p class="note">{note}</p>\n{chart}\n{tables.differences_table(content)}'
 
 
@@ -128,7 +128,7 @@ def _ranking(_: Mapping[str, Any], content: Content) -> Section | None:
         return None
     kind = escape(ranking.default)
     note = f"The experts of the pool, those predicted to help most first, by similarity ({kind}); larger helps more."
-    chart = _chart(plots.ranking_figure(ranking, content.metric)) if len(ranking.experts) > 1 else ""
+    chart = _chart(plots.ranking_figure(ranking, content.metric), "ranking") if len(ranking.experts) > 1 else ""
     return "Predicted helpers", f'<p class="note">{note}</p>\n{chart}\n{tables.ranking_table(ranking, content.metric)}'
 
 
@@ -137,11 +137,11 @@ def _graph(_: Mapping[str, Any], content: Content) -> Section | None:
     if graph is None:
         return None
     note = (
-        f"Similar tasks ({escape(graph.kind)}) lie near each other; a wider, darker line is a stronger similarity. "
-        "Only the strongest lines of each task are drawn. "
+        f"Similar tasks ({escape(graph.kind)}) tend to lie near each other; a wider, darker line is a stronger "
+        "similarity. Only the strongest lines of each task are drawn. "
         f'<b style="color: var(--pi)">{escape(graph.target)}</b> is the target.'
     )
-    return "Task graph", f'<p class="note">{note}</p>\n{_chart(plots.graph_figure(graph), "graph.png")}'
+    return "Task graph", f'<p class="note">{note}</p>\n{_chart(plots.graph_figure(graph), "graph", "graph.png")}'
 
 
 def _weights(_: Mapping[str, Any], content: Content) -> Section | None:
@@ -153,7 +153,7 @@ def _weights(_: Mapping[str, Any], content: Content) -> Section | None:
     note = f"Weight of each expert in each part of the backbone; white is {middle}."
     note += f" All names begin with <code>{escape(prefix)}</code>" if prefix else ""
     note += f"<br>{escape(weights.note)}" if weights.note else ""
-    return "Weights", f'<p class="note">{note}</p>\n{_chart(plots.weights_figure(weights), "weights.png")}'
+    return "Weights", f'<p class="note">{note}</p>\n{_chart(plots.weights_figure(weights), "weights", "weights.png")}'
 
 
 def _candidates(results: Mapping[str, Any], _: Content) -> Section | None:
@@ -198,10 +198,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _chart(figure: go.Figure, picture: str = "") -> str:
+def _chart(figure: go.Figure, name: str, picture: str = "") -> str:
     drawn = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
+        div_id=f"chart-{name}",
         config={"displayModeBar": False, "responsive": True, "scrollZoom": False},
     )
     instead = f'<noscript><img src="{picture}" alt="the same chart as a picture"></noscript>' if picture else ""

@@ -9,19 +9,21 @@ import numpy as np
 
 from pituning.errors import PituningError
 from pituning.report.content import Content, Graph, Weights
-from pituning.report.layout import NODE_RADIUS, ellipsis, lay_out
+from pituning.report.layout import NODE_RADIUS, ellipsis, lay_out, without_common_prefix
 from pituning.report.style import (
     DIVERGING,
     FAINT,
     GRID,
     INK,
     NODE,
+    OTHER,
     PI,
     arm_colour,
     arm_value,
     axis_title,
     ceiling_side,
     colour_range,
+    dot_opacity,
     edge_opacity,
     edge_width,
     lanes,
@@ -78,10 +80,19 @@ def _results(content: Content) -> Any:
     for row, arm in zip(range(count, 0, -1), content.arms, strict=True):
         colour, mean = arm_colour(arm, content), arm.mean * metric.scale
         heights = [row + offset for offset in lanes(len(arm.values))]
-        axis.scatter([v * metric.scale for v in arm.values], heights, s=34, color=colour, alpha=0.55, linewidths=0)
+        axis.scatter(
+            [v * metric.scale for v in arm.values], heights, s=34, color=colour, alpha=dot_opacity(arm), linewidths=0
+        )
         if len(arm.values) > 1:
             axis.vlines(mean, row - 0.34, row + 0.34, color=colour, linewidth=2.6)
-        axis.text(1.02, row, arm_value(arm, metric), transform=axis.get_yaxis_transform(), va="center", color=colour)
+        axis.text(
+            1.02,
+            row,
+            arm_value(arm, metric),
+            transform=axis.get_yaxis_transform(),
+            va="center_baseline",
+            color=INK if colour == OTHER else colour,
+        )
     if content.ceiling:
         label, value = content.ceiling
         axis.vlines(value * metric.scale, 0.4, count + 0.6, color=INK, linewidth=1.2, linestyle="dashed")
@@ -143,7 +154,8 @@ def _weights(weights: Weights) -> Any:
     count, experts = len(groups), len(weights.experts)
     numbers = count <= 40 and experts <= 12
     row = 0.28 if count <= 40 else max(16.0 / count, 0.05)
-    figure, axis = _figure(max(4.5, min(1.1 * experts, 12.0)) + 1.0, 0.6 + row * count)
+    width = max(4.5, min(1.1 * experts, 12.0))
+    figure, axis = _figure(width + 1.0, 0.6 + row * count)
     scale = LinearSegmentedColormap.from_list("weights", DIVERGING)
     drawn = axis.pcolormesh(
         weights.values,
@@ -155,11 +167,14 @@ def _weights(weights: Weights) -> Any:
     )
     if numbers:
         for i, j in np.ndindex(count, experts):
-            axis.text(j + 0.5, i + 0.5, f"{weights.values[i, j]:.3f}", ha="center", va="center", fontsize=9)
+            axis.text(j + 0.5, i + 0.5, f"{weights.values[i, j]:.3f}", ha="center", va="center_baseline", fontsize=9)
     every = max(1, int(np.ceil(0.15 / row)))
     axis.set_yticks(np.arange(0, count, every) + 0.5, groups[::every], fontsize=9)
+    if prefix := without_common_prefix(weights.groups)[0]:
+        axis.set_ylabel(f"{prefix}…", fontsize=9)
     names = [ellipsis(name, 24) for name in weights.experts]
-    crowded = max(map(len, names)) > 14 or experts > 6
+    # Inches: a character is about 0.085 wide, and the colour bar takes a tenth of the figure.
+    crowded = 0.085 * max(map(len, names)) > 0.9 * width / experts
     axis.set_xticks(np.arange(experts) + 0.5, names, rotation=45 if crowded else 0, ha="left" if crowded else "center")
     axis.xaxis.tick_top()
     axis.tick_params(length=0)

@@ -20,7 +20,7 @@ _EDGES, _TARGET_EDGES = 2, 4
 
 @dataclass(frozen=True)
 class Edge:
-    """One drawn pair of tasks; ``strength`` runs from 0 (weakest pair of the graph) to 1 (strongest)."""
+    """One drawn pair of tasks; ``strength`` runs from 0 (weakest drawn) to 1 (strongest)."""
 
     left: int
     right: int
@@ -97,13 +97,13 @@ def _strengths(matrix: Numbers) -> Numbers:
 def _distances(strength: Numbers) -> Numbers:
     """Half the value and half the rank decide, so that one outlier does not press all other tasks together.
 
-    From 0.5 to 1, where any three distances make a triangle.
+    From 0.4 to 1: a wider span puts three tasks on one line.
     """
     count = len(strength)
     upper = np.triu_indices(count, 1)
     ranks = np.zeros_like(strength)
     ranks[upper] = np.argsort(np.argsort(strength[upper], kind="stable"), kind="stable") / max(len(upper[0]) - 1, 1)
-    return np.asarray(1.0 - 0.25 * (strength + ranks + ranks.T), dtype=np.float64)
+    return np.asarray(1.0 - 0.3 * (strength + ranks + ranks.T), dtype=np.float64)
 
 
 def _strongest_edges(graph: Graph, strength: Numbers) -> tuple[Edge, ...]:
@@ -114,9 +114,15 @@ def _strongest_edges(graph: Graph, strength: Numbers) -> tuple[Edge, ...]:
         others.sort(key=lambda other: (-strength[node, other], other))
         kept = others[: _TARGET_EDGES if name == graph.target else _EDGES]
         chosen.update((min(node, other), max(node, other)) for other in kept)
+    weakest = min((strength[pair] for pair in chosen), default=0.0)
+    span = max((strength[pair] for pair in chosen), default=1.0) - weakest
     edges = [
-        Edge(i, j, float(np.nanmean([graph.matrix[i, j], graph.matrix[j, i]])), float(strength[i, j]))
-        for i, j in chosen
+        Edge(
+            *pair,
+            similarity=float(np.nanmean([graph.matrix[pair], graph.matrix.T[pair]])),
+            strength=float((strength[pair] - weakest) / span) if span > 0 else 1.0,
+        )
+        for pair in chosen
     ]
     return tuple(sorted(edges, key=lambda edge: (edge.strength, edge.left, edge.right)))
 
@@ -150,8 +156,9 @@ def _fit(points: Numbers, boxes: Numbers, width: float, height: float) -> Number
     low, high = points.min(axis=0), points.max(axis=0)
     room = np.array([width, height]) - boxes.max(axis=0) - 2 * _MARGIN
     span = np.where(high - low > 1e-9, high - low, 1.0)
-    centred = (points - (low + high) / 2) / span
-    return np.asarray(centred * room + np.array([width, height]) / 2, dtype=np.float64)
+    # Filling the canvas may stretch one axis up to 1.6 times the other; more would belie the distances.
+    scale = np.minimum(room / span, 1.6 * (room / span).min())
+    return np.asarray((points - (low + high) / 2) * scale + np.array([width, height]) / 2, dtype=np.float64)
 
 
 def _push_apart(points: Numbers, boxes: Numbers, width: float, height: float, rounds: int = 600) -> Numbers:

@@ -25,6 +25,7 @@ from pituning.report.style import (
     ceiling_side,
     colour_range,
     difference_value,
+    dot_opacity,
     edge_opacity,
     edge_width,
     lanes,
@@ -46,7 +47,7 @@ def arms_figure(content: Content) -> go.Figure:
             x=[value * metric.scale for value in arm.values],
             y=[row + offset for offset in lanes(len(arm.values))],
             mode="markers",
-            marker={"size": 9, "color": colour, "opacity": 0.55},
+            marker={"size": 9, "color": colour, "opacity": dot_opacity(arm)},
             hovertext=[f"seed {i}: {metric.plain(value)} {metric.unit}" for i, value in enumerate(arm.values, 1)],
             hoverinfo="text",
         )

@@ -41,6 +41,11 @@ def axis_title(metric: Metric) -> str:
     return f"{metric.name}, {metric.unit}" if metric.unit else metric.name
 
 
+def dot_opacity(arm: Arm) -> float:
+    """Paler beside the bar of a mean, full where the dot is the only mark."""
+    return 0.55 if len(arm.values) > 1 else 1.0
+
+
 def value_range(content: Content) -> tuple[float, float]:
     """Ends of the arms' axis, with room around the values and the ceiling."""
     values = [value for arm in content.arms for value in arm.values]

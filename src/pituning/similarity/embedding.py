@@ -9,6 +9,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from pituning.backbones.base import Backbone
@@ -96,7 +97,8 @@ def embed_task(
         DataError, RefusedError, ExpertError: as :func:`pituning.similarity.fisher.fisher_diagonal`.
     """
     examples = task.split("train", max_examples)
-    estimate = fisher_diagonal(backbone, expert, examples, labels=labels)
+    with torch.autocast(backbone.device.type, enabled=False):  # a Fisher in mixed precision would not be exact
+        estimate = fisher_diagonal(backbone, expert, examples, labels=labels)
     return TaskEmbedding(
         fisher={k: f.float().cpu() for k, f in estimate.mean().items()},
         task=task.name,

@@ -94,12 +94,13 @@ def _backward(backbone: Backbone, examples: Sequence[Example], labels: str, squa
         examples = [_sampled(backbone, e) for e in examples]
     if labels == "true" or not choices:
         losses = backbone.loss(backbone.collate(examples))
-        losses.sum().backward()
+        torch.autograd.backward(losses.sum())
         squares.close(torch.ones_like(losses))
         return float(losses.detach().double().sum())
+    squares.repeats = len(choices)
     log_p = F.log_softmax(backbone.score(backbone.collate(examples), choices), dim=1)
     for index in range(len(choices)):
-        log_p[:, index].sum().backward(retain_graph=index + 1 < len(choices))
+        torch.autograd.backward(log_p[:, index].sum(), retain_graph=index + 1 < len(choices))
         squares.close(log_p[:, index].detach().exp())
     truth = torch.tensor([e.label for e in examples], device=log_p.device)
     return float(-log_p.detach().double().gather(1, truth[:, None]).sum())
@@ -117,6 +118,7 @@ class _Squares:
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
+        self.repeats = 1  # a decoder that scores C choices sees up to C·B rows, row c·B + n for example n
         self.total: dict[str, Tensor] = {}
         self._open: dict[str, Tensor] = {}
 
@@ -148,23 +150,28 @@ def _squares(site: Attached, batch: int) -> Iterator[_Squares]:
 def _watch(module: nn.Linear, names: Mapping[str, str], squares: _Squares) -> torch.utils.hooks.RemovableHandle:
     def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach()
-        if x.shape[0] != squares.batch:
+        repeats, rest = divmod(x.shape[0], squares.batch)
+        if rest or not 1 <= repeats <= squares.repeats:
             raise RefusedError(
                 f"layer of {next(iter(names.values()))} sees a first dimension of {x.shape[0]} for {squares.batch} "
                 "examples: per-example gradients are not defined there"
             )
         if output.requires_grad:
-            output.register_hook(lambda g: backward(x, g))
+            output.register_hook(lambda g: backward(x, g))  # type: ignore[no-untyped-call]
 
     def backward(x: Tensor, gradient: Tensor) -> None:
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        gradient = gradient.detach().reshape(gradient.shape[0], -1, gradient.shape[-1])
+        x, gradient = _by_example(x, squares.batch), _by_example(gradient.detach(), squares.batch)
         if "weight" in names:
             squares.add(names["weight"], torch.einsum("bto,bti->boi", gradient, x.to(gradient.dtype)))
         if "bias" in names:
             squares.add(names["bias"], gradient.sum(1))
 
     return module.register_forward_hook(forward)
+
+
+def _by_example(x: Tensor, batch: int) -> Tensor:
+    """``[C·B, …, d]`` → ``[B, C·…, d]``: all rows of an example add up to its gradient."""
+    return x.reshape(-1, batch, x[0].numel() // x.shape[-1], x.shape[-1]).transpose(0, 1).flatten(1, 2)
 
 
 def _linear_owners(site: Attached) -> dict[nn.Linear, dict[str, str]]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from pituning.backbones.base import Backbone, Batch, common_choices
 from pituning.example import Example
 from pituning.experts.expert import Expert
-from pituning.metrics.classification import classification_metric
 from pituning.methods.attach import attached
+from pituning.metrics.classification import classification_metric
 from pituning.tasks.task import Task
 from pituning.training.module import MixtureModel
 

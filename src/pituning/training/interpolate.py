@@ -7,8 +7,8 @@ on the shots; the best is refitted on all of them and collapsed into one expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError, RefusedError
-from pituning.experts.expert import Expert, ExpertCard
+from pituning.experts.expert import Expert
 from pituning.interpolation.build import build_mixture, group_names, is_lora
 from pituning.interpolation.collapse import collapse
 from pituning.interpolation.mixture import Mixture
@@ -90,6 +90,36 @@ def interpolate(
     experts: Sequence[Expert],
     own: Expert | None = None,
     *,
+    seed: int = 0,
+    rank: int | None = None,
+    name: str | None = None,
+    **options: Any,
+) -> Interpolation:
+    """Blend experts into one for a target task: :func:`choose` a candidate, then :meth:`Choice.refit` it.
+
+    Args:
+        task: its ``train`` split is what the blend is fitted on.
+        experts: usually ``rank_experts(...).top(k)``; none of them may have seen the target's examples.
+        own: the target's own expert from :func:`train_expert`.
+        seed: training seed of the final fit.
+        rank: for LoRA, the rank of the result; ``None`` keeps the exact one, the sum of the experts' ranks.
+        name: of the resulting expert.
+        options: see :func:`choose`.
+
+    Raises:
+        RefusedError: if the experts have no exact interpolation.
+        PituningError: for inconsistent arguments.
+        BackboneMismatchError: if an expert belongs to another backbone.
+    """
+    return choose(backbone, task, experts, own, **options).refit(seed, rank=rank, name=name)
+
+
+def choose(
+    backbone: Backbone,
+    task: Task,
+    experts: Sequence[Expert],
+    own: Expert | None = None,
+    *,
     train: str = "shared",
     granularity: str = "module",
     init: str | Sequence[float] = "score",
@@ -98,16 +128,10 @@ def interpolate(
     alternatives: bool = True,
     temperature: float = 1.0,
     search: Search | None = None,
-    seed: int = 0,
-    rank: int | None = None,
-    name: str | None = None,
-) -> Interpolation:
-    """Blend experts into one for a target task.
+) -> Choice:
+    """Compare the candidates by cross-fitted log-loss on the shots.
 
     Args:
-        task: its ``train`` split is what the blend is fitted on.
-        experts: usually ``rank_experts(...).top(k)``; none of them may have seen the target's examples.
-        own: the target's own expert from :func:`train_expert`.
         train: ``"shared"`` (frozen experts, α and one trainable δ), ``"experts"`` (the paper: α and all φ_k),
             ``"weights"`` (α only) or ``"none"`` (a soup).
         granularity: who shares weights: ``model``, ``layer``, ``module`` (the paper) or ``tensor``.
@@ -116,46 +140,101 @@ def interpolate(
         include_own: whether the own expert is one of the blended; ``"auto"`` lets cross-fitting decide. Where it is,
             α is not trained: it would be fitted on the shots that the own expert has seen.
         alternatives: also compare a warm start from the best single expert, and the own expert as it is.
+        temperature: of the softmax over α.
         search: learning rates, steps and folds, the same for every candidate.
-        rank: for LoRA, the rank of the result; ``None`` keeps the exact one, the sum of the experts' ranks.
 
     Raises:
-        RefusedError: if the experts have no exact interpolation.
-        PituningError: for inconsistent arguments.
-        BackboneMismatchError: if an expert belongs to another backbone.
+        as :func:`interpolate`.
     """
     search = search or Search(alpha_learning_rate=1e-2)
     _check(experts, own, init, include_own, similarities)
     for expert in (*experts, *([own] if own else [])):
         expert.require_backbone(backbone)
     examples = task.split("train")
-    losses = [_log_loss(backbone, e, task) for e in experts]
+    losses = [expert_log_loss(backbone, e, task) for e in experts]
     own_folds = fold_experts(backbone, task, own, search) if own is not None else {}
     plans: list[_Plan] = []
-    weights = _initial_weights(init, losses, similarities, len(examples))
-    blend = _Blend(backbone, granularity, train, temperature)
     if include_own is not True or own is None:
-        plans.append(_Plan("interpolation of the experts", tuple(experts), weights, blend.start(experts, weights)))
+        weights = _initial_weights(init, losses, similarities, len(examples))
+        start = blend_start(backbone, experts, weights, train=train, granularity=granularity, temperature=temperature)
+        plans.append(_Plan("interpolation of the experts", tuple(experts), weights, start))
     if own is not None and include_own is not False:
-        own_loss = _cross_fitted_loss(backbone, own_folds, task, search)
-        with_own = _initial_weights(init, [*losses, own_loss], None, len(examples), own=True)
-        members = (*experts, own)
-        start = blend.start(experts, with_own, own_folds)
-        plans.append(_Plan("interpolation with the own expert", members, with_own, start))
+        own_loss = cross_fit(backbone, kept_start(own_folds), examples, search).loss
+        weights = _initial_weights(init, [*losses, own_loss], similarities, len(examples), own=True)
+        start = blend_start(
+            backbone, experts, weights, own_folds, train=train, granularity=granularity, temperature=temperature
+        )
+        plans.append(_Plan("interpolation with the own expert", (*experts, own), weights, start))
     if alternatives:
         best = experts[losses.index(min(losses))]
-        single = _Blend(backbone, "model", "experts", temperature)
-        plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], single.start([best], [1.0])))
+        start = blend_start(backbone, [best], [1.0], train="experts", granularity="model")
+        plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start))
         if own is not None:
-            plans.append(_Plan("keep the own expert", (own,), [1.0], single.kept(own_folds)))
-    found = [cross_fit(backbone, p.start, examples, search, seed) for p in plans]
-    chosen = min(range(len(plans)), key=lambda i: found[i].loss)
-    candidates = tuple(_candidate(p, f, i == chosen) for i, (p, f) in enumerate(zip(plans, found, strict=True)))
-    plan, cell = plans[chosen], found[chosen]
-    mixture, config = plan.start(None)
-    settings = search.settings(cell.learning_rate, cell.steps, seed)
-    fit(backbone, mixture, config, examples, settings)
-    return _outcome(backbone, task, plan, mixture, config, candidates, name, rank, settings_dict(settings), granularity)
+            plans.append(_Plan("keep the own expert", (own,), [1.0], kept_start(own_folds)))
+    found = [cross_fit(backbone, p.start, examples, search) for p in plans]
+    return Choice(backbone, task, search, granularity, tuple(plans), tuple(found))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The compared candidates, before the best is fitted on all shots."""
+
+    backbone: Backbone
+    task: Task
+    search: Search
+    granularity: str
+    plans: tuple[_Plan, ...]
+    found: tuple[CrossFit, ...]
+
+    @property
+    def best(self) -> int:
+        """Index of the candidate with the lowest cross-fitted log-loss."""
+        return min(range(len(self.found)), key=lambda i: self.found[i].loss)
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """What was compared, with the figures."""
+        return tuple(
+            Candidate(
+                p.name,
+                tuple(e.name for e in p.members),
+                tuple(p.weights),
+                f.loss,
+                f.learning_rate,
+                f.steps,
+                i == self.best,
+            )
+            for i, (p, f) in enumerate(zip(self.plans, self.found, strict=True))
+        )
+
+    def refit(self, seed: int = 0, *, rank: int | None = None, name: str | None = None) -> Interpolation:
+        """Fit the best candidate on all shots and collapse it into one expert."""
+        plan, cell = self.plans[self.best], self.found[self.best]
+        mixture, config = plan.start(None)
+        settings = self.search.settings(cell.learning_rate, cell.steps, seed)
+        fit(self.backbone, mixture, config, self.task.split("train"), settings)
+        weights = mixture.weights().detach().cpu().tolist()
+        groups = group_names(plan.members, self.granularity if len(weights) > 1 else "model")
+        names = tuple(e.name for e in plan.members)
+        means = [sum(column) / len(column) for column in zip(*weights, strict=True)]
+        card = replace(
+            plan.members[0].card,
+            name=name or f"{self.task.name}-pi",
+            task=self.task.name,
+            shots=self.task.shots,
+            seed=self.task.seed,
+            choices=self.task.choices,
+            metrics={"cross-fitted log-loss": cell.loss},
+            lineage=tuple({"name": n, "weight": w} for n, w in zip(names, means, strict=True)),
+            training={
+                "family": self.backbone.family,
+                "examples": len(self.task.split("train")),
+                "candidate": plan.name,
+                **settings_dict(settings),
+            },
+        )
+        folded = collapse(mixture, config, card, rank if is_lora(plan.members[0]) else None)
+        by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
+        return Interpolation(folded.expert, names, by_group, self.candidates(), folded.errors)
 
 
 @dataclass(frozen=True)
@@ -166,40 +245,42 @@ class _Plan:
     start: Start
 
 
-@dataclass(frozen=True)
-class _Blend:
-    backbone: Backbone
-    granularity: str
-    train: str
-    temperature: float
+def blend_start(
+    backbone: Backbone,
+    experts: Sequence[Expert],
+    weights: Sequence[float],
+    own: Mapping[int | None, Expert] | None = None,
+    *,
+    train: str = "shared",
+    granularity: str = "module",
+    temperature: float = 1.0,
+) -> Start:
+    """A start for :func:`cross_fit`: the experts, and the own one trained without the fold, at the given weights."""
+    initial = _delta_factors(backbone, experts) if train == "shared" and is_lora(experts[0]) else None
 
-    def start(
-        self, experts: Sequence[Expert], weights: Sequence[float], own: Mapping[int | None, Expert] | None = None
-    ) -> Start:
-        initial = self._initial(experts[0]) if self.train == "shared" and is_lora(experts[0]) else None
+    def begin(fold: int | None) -> tuple[Mixture, Mapping[str, Any]]:
+        return build_mixture(
+            [*experts, own[fold]] if own else experts,
+            list(weights),
+            granularity=granularity,
+            train=train,
+            temperature=temperature,
+            train_weights=own is None,
+            initial=initial,
+        )
 
-        def begin(fold: int | None) -> tuple[Mixture, Mapping[str, Any]]:
-            members = [*experts, own[fold]] if own else list(experts)
-            return build_mixture(
-                members,
-                list(weights),
-                granularity=self.granularity,
-                train=self.train,
-                temperature=self.temperature,
-                train_weights=own is None,
-                initial=initial,
-            )
+    return begin
 
-        return begin
 
-    def kept(self, own: Mapping[int | None, Expert]) -> Callable[[int | None], tuple[Mixture, Mapping[str, Any]]]:
-        return lambda fold: build_mixture([own[fold]], train="none", granularity="model")
+def kept_start(own: Mapping[int | None, Expert]) -> Start:
+    """A start for :func:`cross_fit` that trains nothing: the own expert as it is."""
+    return lambda fold: build_mixture([own[fold]], train="none", granularity="model")
 
-    def _initial(self, like: Expert) -> dict[str, Tensor]:
-        """Fresh factors for δ, at the rank of the method's preset, on the modules of the experts."""
-        targets = sorted({k.split(".lora_")[0].removeprefix("base_model.model.") for k in like.tensors})
-        config = make_config("lora", self.backbone, target_modules=targets)
-        return initial_tensors(self.backbone, config_dict(config))
+
+def _delta_factors(backbone: Backbone, experts: Sequence[Expert]) -> dict[str, Tensor]:
+    """Fresh factors for δ, at the rank of the method's preset, on all modules that any of the experts adapts."""
+    modules = {k.split(".lora_")[0].removeprefix("base_model.model.") for e in experts for k in e.tensors}
+    return initial_tensors(backbone, config_dict(make_config("lora", backbone, target_modules=sorted(modules))))
 
 
 def _check(
@@ -239,10 +320,9 @@ def _initial_weights(
     if init == "uniform":
         return [1 / len(losses)] * len(losses)
     if isinstance(init, str):
-        if similarities is None:  # the own expert has no similarity to itself: an equal share among the others
-            return [1 / len(losses)] * len(losses)
-        return torch.softmax(torch.tensor(similarities, dtype=torch.float64), 0).tolist()
-    others = [float(w) for w in init]
+        others: list[float] = torch.softmax(torch.tensor(similarities, dtype=torch.float64), 0).tolist()
+    else:
+        others = [float(w) for w in init]
     share = 1 / len(losses) if own else 0.0
     return [w * (1 - share) for w in others] + ([share] if own else [])
 
@@ -258,52 +338,7 @@ def score_weights(losses: Sequence[float], examples: int, sharpness: float = 0.2
     return weights
 
 
-def _log_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
+def expert_log_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
+    """Mean log-loss of an expert, as it is, on the target's training examples."""
     with attached(backbone, expert.config, expert.tensors):
         return mean_log_loss(backbone, task.split("train"))
-
-
-def _cross_fitted_loss(backbone: Backbone, own: Mapping[int | None, Expert], task: Task, search: Search) -> float:
-    start: Start = lambda fold: build_mixture([own[fold]], train="none", granularity="model")  # noqa: E731
-    return cross_fit(backbone, start, task.split("train"), search).loss
-
-
-def _candidate(plan: _Plan, found: CrossFit, chosen: bool) -> Candidate:
-    names = tuple(e.name for e in plan.members)
-    return Candidate(plan.name, names, tuple(plan.weights), found.loss, found.learning_rate, found.steps, chosen)
-
-
-def _outcome(
-    backbone: Backbone,
-    task: Task,
-    plan: _Plan,
-    mixture: Mixture,
-    config: Mapping[str, Any],
-    candidates: tuple[Candidate, ...],
-    name: str | None,
-    rank: int | None,
-    record: dict[str, Any],
-    granularity: str,
-) -> Interpolation:
-    weights = mixture.weights().detach().cpu().tolist()
-    groups = group_names(plan.members, granularity if len(weights) > 1 else "model")
-    by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
-    chosen = next(c for c in candidates if c.chosen)
-    names = tuple(e.name for e in plan.members)
-    means = [sum(column) / len(column) for column in zip(*weights, strict=True)]
-    card = ExpertCard(
-        name=name or f"{task.name}-pi",
-        backbone=backbone.hub_name,
-        fingerprint=backbone.fingerprint,
-        task=task.name,
-        method=plan.members[0].card.method,
-        init_hash=plan.members[0].card.init_hash,
-        shots=task.shots,
-        seed=task.seed,
-        choices=task.choices,
-        metrics={"cross-fitted log-loss": chosen.loss},
-        lineage=tuple({"name": n, "weight": w} for n, w in zip(names, means, strict=True)),
-        training={"family": backbone.family, "examples": len(task.split("train")), "candidate": chosen.name, **record},
-    )
-    folded = collapse(mixture, config, card, rank if is_lora(plan.members[0]) else None)
-    return Interpolation(folded.expert, names, by_group, candidates, folded.errors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,7 @@ class _Caller(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.model = backbone.model
-        self._methods = {"loss": backbone.loss, "score": backbone.score}
+        self._methods: dict[str, Callable[..., Tensor]] = {"loss": backbone.loss, "score": backbone.score}
         self.eval()
 
     def forward(self, method: str, *arguments: Any) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pituning.backbones.base import Backbone
+from pituning.errors import PituningError
 from pituning.experts.expert import Expert, ExpertCard, tensor_hash
 from pituning.interpolation.build import build_mixture
 from pituning.interpolation.collapse import collapse
@@ -100,8 +102,14 @@ def fold_experts(
     α and every later decision may only be fitted on shots that an expert has not seen; these are the experts for that.
     """
     initial = initial_tensors(backbone, own.config)
-    recorded = own.card.training
-    settings = search.settings(float(recorded["learning_rate"]), int(recorded["steps"]), seed)
+    known = {f.name for f in fields(TrainSettings)}
+    recorded = {k: v for k, v in own.card.training.items() if k in known}
+    if recorded.keys() != known:
+        raise PituningError(
+            f"the card of expert {own.name!r} does not say how it was trained, so it cannot be retrained without a fold; "
+            "use an own expert from train_expert"
+        )
+    settings = TrainSettings(**recorded).with_(seed=seed)
     experts: dict[int | None, Expert] = {None: own}
     for fold in range(search.folds):
         mixture, config = start_from(initial, own.config)

@@ -121,19 +121,21 @@ class MixtureTrainer(Trainer):
         self, model: MixtureModel, inputs: Mapping[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor:
         """Mean of the per-example losses."""
-        return model(**inputs).mean()
+        loss: Tensor = model(**inputs).mean()
+        return loss
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """AdamW with a learning rate of its own for α, which is never decayed."""
-        if self.optimizer is None:
+        optimizer: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
+        if optimizer is None:
             alpha = [p for n, p in self.model.named_parameters() if n.endswith("alpha") and p.requires_grad]
             other = [p for n, p in self.model.named_parameters() if not n.endswith("alpha") and p.requires_grad]
             rate, decay = self.settings.learning_rate, self.settings.weight_decay
             groups = [{"params": other, "lr": rate, "weight_decay": decay}] if other else []
             if alpha:
                 groups.append({"params": alpha, "lr": self.settings.alpha_learning_rate, "weight_decay": 0.0})
-            self.optimizer = torch.optim.AdamW(groups, lr=rate)
-        return self.optimizer
+            optimizer = self.optimizer = torch.optim.AdamW(groups, lr=rate)
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -1,0 +1,59 @@
+"""The command line: one module per verb, assembled here. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pituning.cli.embed import embed
+from pituning.cli.eval import evaluate
+from pituning.cli.interpolate import interpolate
+from pituning.cli.pool import pool_app
+from pituning.cli.rank import rank
+from pituning.cli.run import run
+from pituning.cli.train import train
+from pituning.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train)
+app.command()(embed)
+app.command()(rank)
+app.command()(interpolate)
+app.command("eval")(evaluate)
+app.add_typer(pool_app, name="pool", help="Look after a pool: list, show, verify and audit its experts.")
+app.command()(run)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pituning {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and all warnings.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Choose the fine-tuned experts that help a new task, and blend them into one.
+
+    An expert is a small adapter for one task on a frozen model, the backbone; experts live in a folder, the pool.
+
+    Start: pituning train sst2, then pituning interpolate cr --shots 16
+    """
+    context.obj = debug
+
+
+def main() -> None:
+    """Entry point of the ``pituning`` command."""
+    app(prog_name="pituning")

@@ -1,0 +1,227 @@
+"""Groups of options that several commands share: the data, the backbone, the pool, and where to save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pituning.errors import ExpertError, PituningError, RefusedError
+
+if TYPE_CHECKING:
+    from pituning.backbones.base import Backbone
+    from pituning.experts import Expert, ExpertPool
+    from pituning.tasks import Task
+
+TaskName = Annotated[
+    str,
+    typer.Argument(metavar="TASK", help="A built-in task such as sst2, or the name of your own.", show_default=False),
+]
+Method = Annotated[str, typer.Option(help="How the backbone is adapted: lora or bottleneck.")]
+
+_DATA, _OWN_DATA, _MODEL, _SAVING = "Data", "Your own data", "Model", "Saving"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where a task's examples come from."""
+
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder that holds TASK/train.tsv, TASK/test.tsv …", rich_help_panel=_DATA),
+    ] = None
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Use so many training examples per class, not all of them.", rich_help_panel=_DATA),
+    ] = None
+    seed: Annotated[
+        int, typer.Option(help="Which examples are drawn, and their order in training.", rich_help_panel=_DATA)
+    ] = 0
+    train_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Training examples (.tsv, .csv, .jsonl).", rich_help_panel=_OWN_DATA),
+    ] = None
+    test_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Test examples, likewise.", rich_help_panel=_OWN_DATA)
+    ] = None
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VALUE=TEXT",
+            help="A label value in the file and what it says in words, such as 'neg=a negative remark'; "
+            "give it once for every value.",
+            rich_help_panel=_OWN_DATA,
+        ),
+    ] = None
+    text_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Column of the text, default 'text'; twice for pairs.", rich_help_panel=_OWN_DATA
+        ),
+    ] = None
+    label_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of the label value, default 'label'.", rich_help_panel=_OWN_DATA),
+    ] = None
+
+    def load(self, name: str) -> Task:
+        """The task: from own files where they are given, otherwise the built-in one of that name."""
+        from pituning.tasks import load_task, task_from_files
+
+        if not self.own_files:
+            if self.labels or self.text_column or self.label_column:
+                raise typer.BadParameter(
+                    "--labels, --text-column and --label-column describe your own data: add --train-file or --test-file"
+                )
+            return load_task(name, shots=self.shots, seed=self.seed, data=self.data)
+        if self.data is not None:
+            raise typer.BadParameter("give either --data or --train-file/--test-file, not both")
+        task = task_from_files(
+            name,
+            self.own_files,
+            self._label_texts(),
+            texts=self.text_column or ["text"],
+            label=self.label_column or "label",
+        )
+        return task if self.shots is None else task.few_shot(self.shots, self.seed)
+
+    @property
+    def own_files(self) -> dict[str, Path]:
+        """The user's own files by split."""
+        files = {"train": self.train_file, "test": self.test_file}
+        return {split: path for split, path in files.items() if path is not None}
+
+    def _label_texts(self) -> dict[str, str]:
+        texts = dict(label.split("=", 1) for label in self.labels or () if "=" in label)
+        if not texts or len(texts) < len(self.labels or ()) or not all(texts.values()):
+            raise typer.BadParameter(
+                "your own data need --labels VALUE=TEXT once for every label value, "
+                "such as --labels 'neg=a negative remark' --labels 'pos=a positive remark'"
+            )
+        return texts
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The frozen backbone and where it runs."""
+
+    backbone: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="minilm, a local folder, or a Hugging Face id.", rich_help_panel=_MODEL),
+    ] = "minilm"
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …", rich_help_panel=_MODEL)] = "cpu"
+
+    def load(self) -> Backbone:
+        """The backbone, without the libraries' own progress bars and warnings."""
+        import torch
+
+        from pituning.backbones import load_backbone
+        from pituning.cli.quiet import quieten
+
+        quieten()
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PituningError(f"device {self.device!r} cannot be used here: {reason}") from error
+        return load_backbone(self.backbone, device=self.device)
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """The folder of experts."""
+
+    pool: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that holds the experts.")] = Path("experts")
+
+    def open(self) -> ExpertPool:
+        """The pool.
+
+        Raises:
+            PituningError: if there is no such folder.
+        """
+        from pituning.experts import ExpertPool
+
+        if not self.pool.is_dir():
+            raise PituningError(
+                f"there is no pool {self.pool}: `pituning train TASK --pool {self.pool}` puts a first expert into it, "
+                "--pool FOLDER names another"
+            )
+        return ExpertPool(self.pool)
+
+    def expert(self, name: str) -> Expert:
+        """An expert by its name in the pool, or by its folder."""
+        from pituning.experts import Expert, ExpertPool
+
+        pool = ExpertPool(self.pool)
+        if name not in pool.names() and Path(name).is_dir():
+            return Expert.load(name)
+        return pool.load(name)
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """Where a new expert goes."""
+
+    save: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the new expert in the pool.", rich_help_panel=_SAVING),
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Save into this folder, not into the pool.", rich_help_panel=_SAVING),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.save is not None and self.out is not None:
+            raise typer.BadParameter("give either --save NAME or --out FOLDER, not both")
+
+    def destination(self, pool: PoolOptions, default: str, *, task: str, method: str, blended: bool) -> Path:
+        """The folder to save into; called before the work, so that nothing is trained that cannot be kept.
+
+        An earlier expert is replaced only by one of its own kind: same task, same method, both blended or neither.
+
+        Raises:
+            PituningError: if the name cannot be a folder in a pool.
+            RefusedError: if something else is in that place.
+        """
+        from pituning.experts import Expert
+        from pituning.experts.expert import CONFIG_FILE
+
+        name = self.save if self.save is not None else default
+        if self.out is None and (not name or name.startswith(".") or Path(name).name != name):
+            raise PituningError(
+                f"{name!r} cannot be the name of an expert: no slash, no leading dot; choose one with --save NAME"
+            )
+        folder = self.out or pool.pool / name
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return folder
+        if not (folder / CONFIG_FILE).is_file():
+            raise RefusedError(f"{folder} exists and is no expert, so it is not replaced; choose another place")
+        try:
+            card = Expert.load(folder).card
+        except ExpertError:
+            return folder  # a broken expert is worth nothing
+        if (card.task, card.method, bool(card.lineage)) != (task, method, blended):
+            kind = f"{'blended ' if card.lineage else ''}{card.method} expert for {card.task or 'an unknown task'}"
+            raise RefusedError(f"{folder} holds a {kind}, so it is not replaced; choose another name with --save NAME")
+        return folder
+
+    @staticmethod
+    def write(expert: Expert, folder: Path) -> Path:
+        """Save an expert under its folder's name."""
+        from pituning.experts import ExpertPool
+
+        return ExpertPool(folder.parent).add(expert, folder.resolve().name)
+
+
+def comma_separated(option: str, values: str | None) -> Sequence[str]:
+    """The parts of ``a,b,c``; empty where the option is not given."""
+    if values is None:
+        return []
+    parts = [part.strip() for part in values.split(",")]
+    if not all(parts) or len(set(parts)) < len(parts):
+        raise typer.BadParameter(f"{option} expects different values with commas between them, not {values!r}")
+    return parts

@@ -1,0 +1,78 @@
+"""What a command prints: its result on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console, RenderableType
+from rich.progress import Progress
+from rich.table import Table
+
+_PANEL = "Output"
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command reports; a group of options."""
+
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=_PANEL)
+    ] = False
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show no progress and no notes.", rich_help_panel=_PANEL)
+    ] = False
+
+    def result(self, document: Mapping[str, Any], *shown: RenderableType) -> None:
+        """Print the result: the document with ``--json``, otherwise the tables and lines."""
+        if self.as_json:
+            typer.echo(json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
+            return
+        console = Console(markup=False, highlight=False, emoji=False)
+        for item in shown:
+            console.print(item, soft_wrap=isinstance(item, str))
+
+    def status(self, text: str) -> AbstractContextManager[object]:
+        """Context that shows a spinner with a text on standard error."""
+        return nullcontext() if self.quiet else Console(stderr=True, markup=False).status(f"{text} …")
+
+    def bar(self) -> Progress:
+        """A progress bar on standard error, for ``with``."""
+        from pituning.training.progress import progress_bar
+
+        bar = progress_bar()
+        bar.disable = self.quiet
+        return bar
+
+    def note(self, text: str) -> None:
+        """Print a line on standard error."""
+        if not self.quiet:
+            typer.echo(text, err=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table; a column whose name ends in ``#`` holds numbers and is set to the right."""
+    built = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in columns:
+        built.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
+    for row in rows:
+        built.add_row(*row)
+    return built
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: both become null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

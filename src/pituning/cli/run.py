@@ -1,0 +1,74 @@
+"""`pituning run`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pituning.cli.options import comma_separated
+from pituning.cli.output import Output, table
+from pituning.cli.verb import verb
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@verb
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)],
+    output: Output,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FOLDER", help="For results and report; default: what the recipe says."),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="0,1", help="Run these seeds, not those that the recipe lists.")
+    ] = None,
+) -> None:
+    """Run an experiment from a recipe: train and blend experts, compare with honest controls, write a report.
+
+    Example: pituning run recipes/text/sst2-16shot.yaml --seeds 0,1
+    """
+    chosen = _numbers(seeds)
+    if not recipe.is_file():
+        raise FileNotFoundError(2, "no such recipe", str(recipe))
+    with output.status("loading"):
+        from pituning.cli.quiet import quieten
+        from pituning.experiments.runner import run_recipe
+
+        quieten()
+    results = run_recipe(recipe, folder, seeds=chosen, progress=not output.quiet)
+    output.result(results, *_tables(results), results["summary"], f"report: {results['report']}")
+
+
+def _numbers(seeds: str | None) -> list[int] | None:
+    try:
+        return [int(part) for part in comma_separated("--seeds", seeds)] or None
+    except ValueError as error:
+        raise typer.BadParameter(f"--seeds expects whole numbers with commas between them, not {seeds!r}") from error
+
+
+def _tables(results: Mapping[str, Any]) -> list[Table]:
+    arms = [
+        [
+            arm["label"],
+            f"{100 * statistics.fmean(arm['values']):.1f}",
+            "  ".join(f"{100 * v:.1f}" for v in arm["values"]),
+        ]
+        for arm in results["arms"]
+    ]
+    differences = [
+        [d["name"], f"{100 * d['mean']:+.1f}", _interval(d.get("low"), d.get("high"))] for d in results["differences"]
+    ]
+    return [
+        table(f"{results['title']}, per cent", ["arm", "mean#", "seed by seed"], arms),
+        table("Differences in points", ["", "mean#", "interval"], differences),
+    ]
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"

@@ -1,0 +1,112 @@
+"""`pituning train`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pituning.cli.options import DataOptions, Method, ModelOptions, PoolOptions, SaveOptions, TaskName
+from pituning.cli.output import Output, table
+from pituning.cli.verb import verb
+
+if TYPE_CHECKING:
+    from pituning.tasks import Task
+    from pituning.training.trainer import TrainSettings
+
+_TRAINING = "Training"
+
+
+@verb
+def train(
+    task: TaskName,
+    source: DataOptions,
+    model: ModelOptions,
+    pool: PoolOptions,
+    saving: SaveOptions,
+    output: Output,
+    method: Method = "lora",
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimizer steps; not found by cross-fitting then.", rich_help_panel=_TRAINING),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Passes over the examples, instead of --steps.", rich_help_panel=_TRAINING),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Learning rate; not found by cross-fitting then.", rich_help_panel=_TRAINING),
+    ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For checkpoints and TensorBoard logs.", rich_help_panel=_TRAINING),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --log-dir.", rich_help_panel=_TRAINING)
+    ] = False,
+) -> None:
+    """Train an expert for a task and save it into the pool: a small adapter on a backbone that stays frozen.
+
+    With --shots, learning rate and steps are found by cross-fitting on the shots, unless you give them.
+
+    Example: pituning train sst2 --shots 16 --seed 0
+
+    Own data: pituning train remarks --train-file train.tsv --labels 'neg=a negative remark' --labels 'pos=a positive
+    remark'
+    """
+    if steps is not None and epochs is not None:
+        raise typer.BadParameter("give either --steps or --epochs, not both")
+    if resume and log_dir is None:
+        raise typer.BadParameter("--resume needs --log-dir, the folder with the checkpoints")
+    target = source.load(task)
+    default = task if target.shots is None else f"{task}-{target.shots}shot-seed{target.seed}"
+    with output.status(f"loading {model.backbone}"):
+        from pituning.training.train_expert import train_expert
+
+        folder = saving.destination(pool, default, task=task, method=method, blended=False)
+        backbone = model.load()
+    settings = _settings(target, steps, epochs, learning_rate)
+    if resume and log_dir is not None and not any(log_dir.glob("checkpoint-*")):
+        output.note(f"no checkpoint in {log_dir}: starting from the beginning")
+    searching = settings is None and target.shots is not None
+    with output.status("finding learning rate and steps by cross-fitting") if searching else nullcontext():
+        expert = train_expert(
+            backbone, target, method, settings=settings, seed=source.seed, folder=log_dir, resume=resume,
+            progress=not (searching or output.quiet),
+        )  # fmt: skip
+    saving.write(expert, folder)
+    card = expert.card
+    output.result(
+        {"folder": folder, **asdict(card), "name": folder.name},
+        table(
+            f"{folder.name}: {card.method} expert for {task} on {card.backbone}",
+            ["", "#"],
+            [
+                ["training examples", f"{len(target.split('train')):,}"],
+                ["parameters", f"{card.parameters:,}"],
+                ["learning rate", f"{card.training['learning_rate']:g}"],
+                ["steps", f"{card.training['steps_taken']:,}"],
+                *([metric, f"{value:.4f}"] for metric, value in card.metrics.items()),
+            ],
+        ),
+        f"saved to {folder}",
+    )
+
+
+def _settings(task: Task, steps: int | None, epochs: float | None, learning_rate: float | None) -> TrainSettings | None:
+    """The usual settings with what was asked for; ``None`` where nothing was."""
+    from pituning.training.crossfit import Search
+    from pituning.training.train_expert import FULL_DATA
+
+    if steps is None and epochs is None and learning_rate is None:
+        return None
+    settings = FULL_DATA if task.shots is None else Search().settings(FULL_DATA.learning_rate, Search().steps)
+    if learning_rate is not None:
+        settings = settings.with_(learning_rate=learning_rate)
+    if epochs is not None:
+        settings = settings.with_(steps=None, epochs=epochs)
+    return settings if steps is None else settings.with_(steps=steps)

@@ -1,0 +1,1 @@
+"""Recipes, controls and the runner that compares them."""

@@ -1,0 +1,134 @@
+"""A recipe: everything that defines an experiment, in one YAML file that is validated as a whole before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pituning.errors import PituningError, RecipeError, UnknownNameError, unknown_name
+
+ARMS = {
+    "zero-shot": ("backbone alone", "no expert at all"),
+    "own": ("own expert", "trained on the shots alone"),
+    "own-extra": ("own + extra steps", "the own expert, tuned again with the same grid and folds as every arm below"),
+    "nearest": ("nearest expert as it is", "the most similar expert of the pool, untouched"),
+    "nearest-tuned": ("nearest, fine-tuned", "plain warm start: the rival to beat"),
+    "soup": ("uniform soup", "mean of the selected experts, untouched"),
+    "soup-tuned": ("uniform soup, then tuned", "equal and fixed weights, then tuned"),
+    "random-tuned": ("random experts, then tuned", "a soup of as many experts drawn at random, then tuned"),
+    "noise-tuned": ("random parameters, then tuned", "experts of the same norms with random directions, then tuned"),
+    "pi": ("π (this tool)", "experts selected, weighted, tuned and compared by cross-fitted log-loss"),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PoolSection(_Strict):
+    """Where the pool lies and what it is made of; missing experts are trained."""
+
+    folder: str
+    tasks: tuple[str, ...] = Field(min_length=1)
+    epochs: float = Field(default=3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+
+
+class SearchSection(_Strict):
+    """The grid that every arm is tuned on."""
+
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    steps: int = Field(default=40, ge=1)
+    eval_every: int = Field(default=10, ge=1)
+    folds: int = Field(default=2, ge=2)
+    batch_size: int = Field(default=16, ge=1)
+
+
+class InterpolationSection(_Strict):
+    """How π selects and blends."""
+
+    kind: str = "score"
+    reference: Literal["shared", "own"] = "shared"
+    top: int = Field(default=3, ge=1)
+    train: Literal["shared", "experts", "weights", "none"] = "shared"
+    granularity: Literal["model", "layer", "module", "tensor"] = "module"
+    init: Literal["score", "uniform"] = "score"
+    include_own: Literal["auto", True, False] = "auto"
+    alternatives: bool = True
+    alpha_learning_rate: float = Field(default=1e-2, ge=0)
+
+
+class Recipe(_Strict):
+    """One experiment: a target, a pool, the arms and the seeds."""
+
+    title: str
+    target: str
+    pool: PoolSection
+    backbone: str = "minilm"
+    method: str = "lora"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    shots: int = Field(default=16, ge=1)
+    draws: tuple[int, ...] = (0, 1, 2, 3, 4)
+    training_seeds: tuple[int, ...] = (0, 1)
+    test_limit: int | None = Field(default=1000, ge=1)
+    arms: tuple[str, ...] = tuple(ARMS)
+    search: SearchSection = SearchSection()
+    interpolation: InterpolationSection = InterpolationSection()
+    ceiling: bool = True
+    output: str
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Recipe:
+        from pituning.methods.presets import method_names
+        from pituning.similarity.measures import KINDS
+        from pituning.tasks import task_names
+
+        known = {
+            "task": (task_names(), (self.target, *self.pool.tasks)),
+            "method": (method_names(), (self.method,)),
+            "arm": (list(ARMS), self.arms),
+            "similarity": (list(KINDS), (self.interpolation.kind,)),
+        }
+        problems = [
+            str(unknown_name(k, n, names)) for k, (names, used) in known.items() for n in used if n not in names
+        ]
+        if self.target in self.pool.tasks:
+            problems.append(f"the target {self.target!r} is among the pool's tasks")
+        if "pi" in self.arms and "own" not in self.arms:
+            problems.append("arm 'pi' needs arm 'own'")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def digest(self) -> str:
+        """Hash of whatever changes an arm's value: cached cells are reused only under the same digest."""
+        values = self.model_dump(mode="json", exclude={"title", "draws", "training_seeds", "arms", "ceiling", "output"})
+        return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:10]
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        RecipeError: lists every problem of the file at once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"no such recipe: {path}")
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+        raise RecipeError(f"{path} has {len(lines)} problem(s):\n" + "\n".join(lines)) from error
+    except (UnknownNameError, PituningError) as error:
+        raise RecipeError(f"{path}: {error}") from error

@@ -1,0 +1,282 @@
+"""Run a recipe: train the pool, compute every arm on every draw (resumable), compare them, write the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from pituning.backbones import Backbone, load_backbone
+from pituning.data.overlap import Overlap
+from pituning.errors import PituningError
+from pituning.experiments.controls import Draw, own_cache
+from pituning.experiments.recipe import ARMS, Recipe, load_recipe
+from pituning.experts.pool import ExpertPool
+from pituning.similarity.embedding import embed_task, pool_embedding, shared_reference
+from pituning.similarity.graph import task_graph
+from pituning.similarity.measures import FISHER_KINDS
+from pituning.similarity.select import audit_pool, rank_experts
+from pituning.tasks.task import Task, load_task
+from pituning.training.evaluation import evaluate
+from pituning.training.precision import precision
+from pituning.training.progress import progress_bar
+from pituning.training.train_expert import FULL_DATA, train_expert
+
+RIVALS = ("own-extra", "nearest-tuned", "soup-tuned", "own")
+
+
+def run_recipe(
+    path: str | Path, output: Path | None = None, *, seeds: Sequence[int] | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Run a recipe from a file and write ``results.json``, ``report.html`` and PNGs into its output folder.
+
+    A run that was interrupted goes on where it stopped: every (arm, draw) is kept in ``cells/``.
+
+    Args:
+        output: instead of the recipe's own.
+        seeds: draws, instead of the recipe's own.
+
+    Returns:
+        the results as written to ``results.json``, with ``report``, the path of the page.
+
+    Raises:
+        RecipeError: if the recipe is not valid.
+        DataError: if the data of a task cannot be found.
+    """
+    recipe = load_recipe(path)
+    if seeds is not None:
+        recipe = recipe.model_copy(update={"draws": tuple(seeds)})
+    folder = Path(output or recipe.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    backbone = load_backbone(recipe.backbone)
+    target = load_task(recipe.target)
+    # every task's data are read before the first training step: a missing file must not cost an hour
+    tasks = {name: load_task(name) for name in recipe.pool.tasks}
+    with _steps(progress) as step, precision(backbone, recipe.precision):
+        pool = _train_pool(recipe, backbone, tasks, step)
+        cells = _cells(recipe, backbone, target, pool, folder, step)
+        ceiling = _ceiling(recipe, backbone, target, folder, step) if recipe.ceiling else None
+    with _steps(progress) as step:
+        step("task graph", 0, 1)
+        results = _compare(recipe, backbone, target, pool, cells, ceiling)
+    results |= {
+        "command": f"pituning run {path}",
+        "seconds": round(time.perf_counter() - start, 1),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {n: version(n) for n in ("pituning", "torch", "transformers", "peft")}
+        | {"python": platform.python_version()},
+    }
+    from pituning.report import write_report
+
+    results["report"] = str(write_report(results, folder))
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def paired_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
+    """Mean of paired differences and its Student-t interval; no interval for a single value.
+
+    >>> paired_interval([0.25])
+    (0.25, None, None)
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    half = float(student.ppf(0.5 + level / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def _train_pool(recipe: Recipe, backbone: Backbone, tasks: Mapping[str, Task], step: Any) -> ExpertPool:
+    pool = ExpertPool(recipe.pool.folder)
+    settings = FULL_DATA.with_(epochs=recipe.pool.epochs, learning_rate=recipe.pool.learning_rate)
+    for index, (name, task) in enumerate(tasks.items()):
+        step(f"expert for {name}", index, len(tasks))
+        if name not in pool.names():
+            expert = train_expert(backbone, task, recipe.method, settings=settings)
+            result = evaluate(backbone, expert, task, limit=500)
+            pool.add(expert.with_card(metrics={**expert.card.metrics, f"test {task.metric}": result.value}))
+        else:
+            pool.load(name).require_backbone(backbone)
+    return pool
+
+
+def _cells(
+    recipe: Recipe, backbone: Backbone, target: Task, pool: ExpertPool, folder: Path, step: Any
+) -> dict[str, list[dict[str, Any]]]:
+    cells: dict[str, list[dict[str, Any]]] = {arm: [] for arm in recipe.arms}
+    store = folder / "cells"
+    store.mkdir(exist_ok=True)
+    total = len(recipe.draws) * len(recipe.arms)
+    for number, seed in enumerate(recipe.draws):
+        task = target.few_shot(recipe.shots, seed)
+        draw = Draw(recipe, backbone, task, _Only(pool, recipe.pool.tasks), own_cache(folder))
+        for index, arm in enumerate(recipe.arms):
+            step(f"draw {seed}: {ARMS[arm][0]}", number * len(recipe.arms) + index, total)
+            seeds = "".join(map(str, recipe.training_seeds))
+            path = store / f"{recipe.digest()}.{arm}.{seed}.{seeds}.json"
+            if not path.is_file():
+                _write(path, _cell(draw, arm, recipe.test_limit))
+            cells[arm].append(json.loads(path.read_text(encoding="utf-8")))
+    return cells
+
+
+class _Only(ExpertPool):
+    """A pool seen through the recipe: only the experts it names."""
+
+    def __init__(self, pool: ExpertPool, names: Sequence[str]) -> None:
+        super().__init__(pool.folder)
+        self._allowed = set(names)
+
+    def names(self) -> list[str]:
+        return [n for n in super().names() if n in self._allowed]
+
+
+def _cell(draw: Draw, arm: str, limit: int | None) -> dict[str, Any]:
+    start = time.perf_counter()
+    result = draw.run(arm)
+    evaluations = [evaluate(draw.backbone, expert, draw.task, "test", limit) for expert in result.experts]
+    return {
+        "values": [e.value for e in evaluations],
+        "log_loss": [e.metrics["log-loss"] for e in evaluations],
+        "seconds": round(time.perf_counter() - start, 1),
+        "details": dict(result.details),
+    }
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _ceiling(recipe: Recipe, backbone: Backbone, target: Task, folder: Path, step: Any) -> dict[str, Any]:
+    path = folder / "cells" / f"{recipe.digest()}.ceiling.json"
+    if not path.is_file():
+        step("expert on the full data", 0, 1)
+        settings = FULL_DATA.with_(epochs=recipe.pool.epochs, learning_rate=recipe.pool.learning_rate)
+        expert = train_expert(backbone, target, recipe.method, settings=settings)
+        value = evaluate(backbone, expert, target, "test", recipe.test_limit).value
+        size = len(target.split("train"))
+        _write(path, {"label": f"own expert on all {size:,} training examples", "value": value})
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _compare(
+    recipe: Recipe,
+    backbone: Backbone,
+    target: Task,
+    pool: ExpertPool,
+    cells: Mapping[str, list[dict[str, Any]]],
+    ceiling: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    means = {arm: [statistics.fmean(c["values"]) for c in found] for arm, found in cells.items()}
+    results: dict[str, Any] = {
+        "title": recipe.title,
+        "target": recipe.target,
+        "metric": target.metric,
+        "backbone": recipe.backbone,
+        "method": recipe.method,
+        "shots": recipe.shots,
+        "precision": recipe.precision,
+        "training_seeds": len(recipe.training_seeds),
+        "arms": [
+            {
+                "name": arm,
+                "label": ARMS[arm][0],
+                "description": ARMS[arm][1],
+                "values": means[arm],
+                "log_loss": [statistics.fmean(c["log_loss"]) for c in cells[arm]],
+            }
+            for arm in recipe.arms
+        ],
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    if ceiling:
+        results["ceiling"] = dict(ceiling)
+    if "pi" in cells:
+        results["differences"] = [_difference(means, rival) for rival in RIVALS if rival in means]
+        results |= _pi_details(cells["pi"][0]["details"])
+    results["summary"] = _summary(results)
+    task = target.few_shot(recipe.shots, recipe.draws[0])
+    view = _Only(pool, recipe.pool.tasks)
+    results |= _map_of_tasks(recipe, backbone, task, view)
+    results["audit"] = _audit(view, target)
+    return results
+
+
+def _difference(means: Mapping[str, list[float]], rival: str) -> dict[str, Any]:
+    values = [a - b for a, b in zip(means["pi"], means[rival], strict=True)]
+    mean, low, high = paired_interval(values)
+    return {"name": f"π − {ARMS[rival][0]}", "rival": rival, "mean": mean, "low": low, "high": high, "values": values}
+
+
+def _pi_details(details: Mapping[str, Any]) -> dict[str, Any]:
+    rows: Mapping[str, list[float]] = details["weights"]
+    note = (
+        f"first draw; chosen: {details['chosen']}, learning rate {details['learning_rate']:g}, {details['steps']} steps"
+    )
+    weights = {"experts": details["experts"], "groups": list(rows), "values": list(rows.values()), "note": note}
+    return {"weights": weights, "candidates": details["candidates"]}
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    by_name = {arm["name"]: statistics.fmean(arm["values"]) for arm in results["arms"]}
+    if "pi" not in by_name:
+        return ""
+    text = f"π reaches {by_name['pi']:.1%} {results['metric']} on {results['target']} from {results['shots']} examples per class"
+    for difference in results["differences"]:
+        interval = ""
+        if difference["low"] is not None:
+            interval = f" (95 % interval {100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
+        text += f"; {100 * difference['mean']:+.1f} points against {ARMS[difference['rival']][0]}{interval}"
+    return text + "."
+
+
+def _map_of_tasks(recipe: Recipe, backbone: Backbone, task: Task, pool: ExpertPool) -> dict[str, Any]:
+    """Task graph and ranking on the first draw, from Fisher embeddings at the shared reference, in float32."""
+    embeddings = {task.name: embed_task(backbone, shared_reference(pool, recipe.method), task, reference="shared")}
+    embeddings |= {name: pool_embedding(backbone, pool, name, "shared") for name in pool.names()}
+    graph = task_graph(embeddings)
+    kinds = ["score", *FISHER_KINDS[::2]]
+    rankings = {kind: rank_experts(backbone, task, pool, kind=kind) for kind in kinds}
+    similarity = {k: {e.name: s for e, s in zip(r.experts, r.similarities, strict=True)} for k, r in rankings.items()}
+    order = [e.name for e in rankings["score"].experts]
+    return {
+        "graph": {"kind": graph.kind, "names": graph.names, "matrix": graph.matrix, "target": task.name},
+        "ranking": {
+            "kinds": kinds,
+            "default": recipe.interpolation.kind if recipe.interpolation.kind in kinds else "score",
+            "experts": [{"name": n, "values": {k: similarity[k][n] for k in kinds}, "gain": None} for n in order],
+        },
+    }
+
+
+def _audit(pool: ExpertPool, target: Task) -> dict[str, Any]:
+    report = audit_pool(pool, target)
+    overlaps: list[dict[str, Any]] = []
+    for name, found in report.items():
+        if isinstance(found, str):
+            raise PituningError(f"the pool's task {name!r} cannot be audited: {found}")
+        overlaps += [vars(o) for o in found if isinstance(o, Overlap)]
+    return {"checked": len(report), "overlaps": overlaps}
+
+
+@contextmanager
+def _steps(progress: bool) -> Iterator[Any]:
+    if not progress:
+        yield lambda *_: None
+        return
+    with progress_bar() as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)

@@ -1,0 +1,267 @@
+"""Tiny random backbones, random experts and tasks that all tests share. Nothing here touches the network."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from pituning.backbones.base import Backbone
+from pituning.backbones.encoder import EncoderBackbone
+from pituning.backbones.seq2seq import Seq2SeqBackbone
+from pituning.errors import PituningError
+from pituning.example import Example
+from pituning.experts import Expert, ExpertCard
+from pituning.methods import config_dict, initial_tensors, make_config
+from pituning.tasks import Task
+
+SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+# whole words and, from every third syllable, a continuation piece, so that texts of equal word count differ in tokens
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *SYLLABLES, *(f"##{s}" for s in SYLLABLES[::3])]
+CHOICES = ("ba", "de fi", "go ku la mi")
+RANK = {"lora": 3, "bottleneck": 4}
+
+BackboneOf = Callable[..., Backbone]
+RandomExpert = Callable[..., Expert]
+RandomExamples = Callable[..., list[Example]]
+MakeTask = Callable[..., Task]
+
+
+def pytest_report_header() -> str:
+    """Hypothesis is derandomised; every other random input is made from a constant."""
+    return "seeds: fixed in the tests"
+
+
+def build_bert(dtype: torch.dtype, share_layers: bool = False) -> EncoderBackbone:
+    """A BERT of two layers, hidden size 16, whose random weights are large enough to make every input look different."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    model = BertModel(config).to(dtype)
+    if share_layers:
+        model.encoder.layer[1] = model.encoder.layer[0]
+    return EncoderBackbone("tiny-bert", model, build_tokenizer("[CLS] $A [SEP]", "[SEP]"))
+
+
+def build_t5(dtype: torch.dtype) -> Seq2SeqBackbone:
+    """A T5 of two plus two layers, model size 16; in float64 its norms, which compute in float32, are replaced."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(VOCABULARY),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=2,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=3,
+    )
+    model = T5ForConditionalGeneration(config).to(dtype)
+    if dtype == torch.float64:
+        for parent in list(model.modules()):
+            for name, norm in list(parent.named_children()):
+                if isinstance(norm, T5LayerNorm):
+                    double = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=dtype)
+                    double.load_state_dict(norm.state_dict())
+                    setattr(parent, name, double)
+    return Seq2SeqBackbone("tiny-t5", model, build_tokenizer("$A [SEP]", "[SEP]"))
+
+
+def build_tokenizer(single: str, end: str) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer over made-up syllables."""
+    core = Tokenizer(models.WordPiece({w: i for i, w in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.post_processor = processors.TemplateProcessing(
+        single=single, pair=f"{single} $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": end}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+@pytest.fixture(scope="session")
+def backbone_of() -> BackboneOf:
+    """``backbone_of("encoder" | "seq2seq", dtype)``: tiny backbones, each built once."""
+    built: dict[tuple[str, torch.dtype], Backbone] = {}
+
+    def get(family: str = "encoder", dtype: torch.dtype = torch.float32) -> Backbone:
+        if (family, dtype) not in built:
+            built[family, dtype] = build_bert(dtype) if family == "encoder" else build_t5(dtype)
+        return built[family, dtype]
+
+    return get
+
+
+@pytest.fixture
+def bert(backbone_of: BackboneOf) -> Backbone:
+    """The tiny encoder in float32."""
+    return backbone_of("encoder")
+
+
+@pytest.fixture
+def t5(backbone_of: BackboneOf) -> Backbone:
+    """The tiny encoder-decoder in float32."""
+    return backbone_of("seq2seq")
+
+
+@pytest.fixture(scope="session")
+def fresh_bert_of() -> Callable[..., EncoderBackbone]:
+    """``fresh_bert_of(dtype, share_layers)``: a tiny encoder of the test's own, for tests that may spoil it."""
+    return build_bert
+
+
+@pytest.fixture(scope="session")
+def random_expert() -> RandomExpert:
+    """``random_expert(backbone, method, seed, **options)``: the initial tensors plus noise, so that LoRA's B is not zero."""
+    known: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Tensor]]] = {}
+
+    def make(
+        backbone: Backbone, method: str = "lora", seed: int = 0, *, scale: float = 0.1, name: str = "", **options: Any
+    ) -> Expert:
+        options = {"r": RANK[method], **options}
+        key = (backbone.fingerprint, repr((method, sorted(options.items()))))
+        if key not in known:
+            config = config_dict(make_config(method, backbone, **options))
+            known[key] = config, initial_tensors(backbone, config)
+        config, initial = known[key]
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            k: t + scale * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for k, t in initial.items()
+        }
+        card = ExpertCard(
+            name=name or f"{method}-{seed}",
+            backbone=backbone.hub_name,
+            fingerprint=backbone.fingerprint,
+            task=f"task-{seed}",
+            method=method,
+            init_hash="same",
+            parameters=sum(t.numel() for t in tensors.values()),
+            training={"family": backbone.family},
+        )
+        return Expert(tensors, config, card)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_examples() -> RandomExamples:
+    """``random_examples(count, seed)``: texts of 1 to 9 words over the tiny vocabulary, with or without choices."""
+
+    def make(
+        count: int = 6, seed: int = 0, *, choices: Sequence[str] = CHOICES, pairs: bool = False, prefix: str = "e"
+    ) -> list[Example]:
+        rng = random.Random(seed)
+
+        def words(low: int, high: int) -> str:
+            return " ".join("".join(rng.choices(SYLLABLES, k=rng.randint(1, 2))) for _ in range(rng.randint(low, high)))
+
+        examples = []
+        for index in range(count):
+            texts = (words(1, 9), words(1, 5)) if pairs else (words(1, 9),)
+            target = choices[index % len(choices)] if choices else words(1, 6)
+            examples.append(Example(f"{prefix}/{index}", texts, " ".join(texts), target, tuple(choices)))
+        return examples
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_task(random_examples: RandomExamples) -> MakeTask:
+    """``make_task(name, shots, seed)``: a tiny task with shots in train, and a test split."""
+
+    def make(name: str = "target", shots: int | None = 4, seed: int = 0, tests: int = 9) -> Task:
+        count = (shots or 8) * len(CHOICES)
+        splits = {
+            "train": tuple(random_examples(count, seed, prefix=f"{name}/train")),
+            "test": tuple(random_examples(tests, seed + 1000, prefix=f"{name}/test")),
+        }
+        return Task(name, CHOICES, splits, shots=shots)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lora_deltas() -> Callable[[Expert], dict[str, Tensor]]:
+    """ΔW = s B A by module, dense and in float64; s from the expert's configuration as PEFT's documentation has it."""
+
+    def dense(expert: Expert) -> dict[str, Tensor]:
+        config = expert.config
+        deltas = {}
+        for key in expert.tensors:
+            if not key.endswith(".lora_A.weight"):
+                continue
+            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            a, b = expert.tensors[key].double(), expert.tensors[key.replace("lora_A", "lora_B")].double()
+            alpha = config["lora_alpha"]
+            for pattern, value in (config["alpha_pattern"] or {}).items():
+                if module == pattern or module.endswith("." + pattern):
+                    alpha = value
+            deltas[module] = alpha / (math.sqrt(len(a)) if config["use_rslora"] else len(a)) * (b @ a)
+        return deltas
+
+    return dense
+
+
+@pytest.fixture(scope="session")
+def with_deltas() -> Callable[..., Any]:
+    """``with with_deltas(backbone, {module: ΔW}):`` runs the bare backbone with ΔW added to its dense weights."""
+
+    @contextmanager
+    def added(backbone: Backbone, deltas: Mapping[str, Tensor]) -> Iterator[None]:
+        weights = {m: backbone.model.get_submodule(m).weight for m in deltas}
+        before = {m: w.detach().clone() for m, w in weights.items()}
+        try:
+            for module, weight in weights.items():
+                weight.data = (before[module].double() + deltas[module]).to(weight.dtype)
+            yield
+        finally:
+            for module, weight in weights.items():
+                weight.data = before[module]
+
+    return added
+
+
+@pytest.fixture(scope="session")
+def distance() -> Callable[[Tensor, Tensor], float]:
+    """Relative distance ‖a − b‖ / ‖b‖, in float64."""
+
+    def relative(found: Tensor, expected: Tensor) -> float:
+        assert found.shape == expected.shape
+        return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+    return relative
+
+
+@pytest.fixture
+def message() -> Callable[..., str]:
+    """``message(function, *arguments)``: text of the `PituningError` that the call must raise."""
+
+    def text(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+        with pytest.raises(PituningError) as caught:
+            call(*arguments, **options)
+        return str(caught.value)
+
+    return text

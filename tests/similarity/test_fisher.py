@@ -1,0 +1,258 @@
+"""The Fisher diagonal against a loop over single examples with plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pituning.backbones.base import Backbone
+from pituning.errors import BackboneMismatchError, DataError, RefusedError
+from pituning.example import Example
+from pituning.experts import Expert, ExpertCard
+from pituning.methods import attached, config_dict, initial_tensors, make_config
+from pituning.similarity.fisher import FisherEstimate, fisher_diagonal
+
+PRECISIONS = ((torch.float32, 1e-5), (torch.float64, 1e-10))
+FAMILIES = ("encoder", "seq2seq")
+METHODS = ("lora", "bottleneck")
+
+
+def loop_true(backbone: Backbone, expert: Expert, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """1/N Σ_n (∂ log p(target_n | x_n))²: one example at a time, so without padding."""
+    with attached(backbone, expert.config, expert.tensors) as site:
+        total = {k: torch.zeros(p.shape, dtype=torch.float64) for k, p in site.parameters.items()}
+        for example in examples:
+            loss = backbone.loss(backbone.collate([example]))
+            gradients = torch.autograd.grad(loss[0], list(site.parameters.values()), allow_unused=True)
+            for key, gradient in zip(total, gradients, strict=True):
+                if gradient is not None:
+                    total[key] += gradient.double() ** 2
+    return {k: t / len(examples) for k, t in total.items()}
+
+
+def loop_model(backbone: Backbone, expert: Expert, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """1/N Σ_n Σ_c p(c | x_n) (∂ log p(c | x_n))², one example and one choice at a time."""
+    with attached(backbone, expert.config, expert.tensors) as site:
+        parameters = list(site.parameters.values())
+        total = {k: torch.zeros(p.shape, dtype=torch.float64) for k, p in site.parameters.items()}
+        for example in examples:
+            each = [backbone.loss(backbone.collate([replace(example, target=c)]))[0] for c in example.choices]
+            log_p = -torch.stack(each)
+            log_p = log_p - log_p.logsumexp(0)
+            for choice in range(len(example.choices)):
+                gradients = torch.autograd.grad(log_p[choice], parameters, retain_graph=True)
+                for key, gradient in zip(total, gradients, strict=True):
+                    total[key] += float(log_p[choice].detach().exp()) * gradient.double() ** 2
+    return {k: t / len(examples) for k, t in total.items()}
+
+
+def assert_close(found: FisherEstimate, expected: dict[str, Tensor], tolerance: float) -> None:
+    mean = found.mean()
+    assert mean.keys() == expected.keys()
+    for key, slow in expected.items():
+        assert mean[key].dtype == torch.float64
+        assert slow.norm() > 0, f"{key}: the loop itself gives zero, the comparison would prove nothing"
+        error = float((mean[key] - slow).norm() / slow.norm())
+        assert error <= tolerance, f"{key}: off by {error:.1e}"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+class TestAgainstTheLoop:
+    def test_true_labels_with_padding(
+        self, backbone_of: Any, random_expert: Any, random_examples: Any,
+        family: str, method: str, dtype: torch.dtype, tolerance: float,
+    ) -> None:  # fmt: skip
+        backbone = backbone_of(family, dtype)
+        expert = random_expert(backbone, method, 1)
+        examples = random_examples(7, 2)
+        lengths = backbone.collate(examples)["attention_mask"].sum(1)
+        assert lengths.min() < lengths.max(), "the batch must need padding"
+        found = fisher_diagonal(backbone, expert, examples, batch_size=3)
+        assert found.samples == 7
+        assert_close(found, loop_true(backbone, expert, examples), tolerance)
+
+    def test_model_labels_over_closed_choices(
+        self, backbone_of: Any, random_expert: Any, random_examples: Any,
+        family: str, method: str, dtype: torch.dtype, tolerance: float,
+    ) -> None:  # fmt: skip
+        backbone = backbone_of(family, dtype)
+        expert = random_expert(backbone, method, 3)
+        examples = random_examples(5, 4)
+        found = fisher_diagonal(backbone, expert, examples, labels="model", batch_size=3)
+        assert_close(found, loop_model(backbone, expert, examples), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_open_targets_of_different_lengths(
+    backbone_of: Any, random_expert: Any, random_examples: Any, method: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    backbone = backbone_of("seq2seq", dtype)
+    expert = random_expert(backbone, method, 5)
+    examples = random_examples(6, 6, choices=())
+    ends = (backbone.collate(examples)["labels"] != -100).sum(1)
+    assert ends.min() < ends.max(), "targets must differ in length"
+    assert_close(fisher_diagonal(backbone, expert, examples), loop_true(backbone, expert, examples), tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sentence_pairs(backbone_of: Any, random_expert: Any, random_examples: Any, method: str) -> None:
+    backbone = backbone_of("encoder", torch.float64)
+    expert, examples = random_expert(backbone, method, 7), random_examples(5, 8, pairs=True)
+    assert_close(fisher_diagonal(backbone, expert, examples), loop_true(backbone, expert, examples), 1e-10)
+
+
+@pytest.mark.parametrize("labels", ["true", "model"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_called_twice_accumulates_before_squaring(
+    fresh_bert_of: Callable[..., Backbone], random_expert: Any, random_examples: Any, method: str, labels: str
+) -> None:
+    backbone = fresh_bert_of(torch.float64, share_layers=True)
+    expert, examples = random_expert(backbone, method, 9), random_examples(5, 10)
+    calls: list[int] = []
+    with attached(backbone, expert.config, expert.tensors) as site:
+        owner = site.backbone.model.get_submodule(next(iter(site.live_names.values())).rpartition(".")[0])
+        handle = owner.register_forward_hook(lambda *_: calls.append(1))
+        backbone.loss(backbone.collate(examples))
+        handle.remove()
+    assert len(calls) == 2, "the shared layer must run twice in one forward pass"
+    loop = loop_true if labels == "true" else loop_model
+    found = fisher_diagonal(backbone, expert, examples, labels=labels)
+    assert_close(found, loop(backbone, expert, examples), 1e-10)
+
+
+def test_lora_with_its_own_rank_scaling_and_modules(backbone_of: Any, random_expert: Any, random_examples: Any) -> None:
+    backbone = backbone_of("encoder", torch.float64)
+    expert = random_expert(
+        backbone, "lora", 11, r=2, lora_alpha=5, use_rslora=True, target_modules=["key", "output.dense"]
+    )
+    examples = random_examples(5, 12)
+    assert_close(fisher_diagonal(backbone, expert, examples), loop_true(backbone, expert, examples), 1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_batches_do_not_matter(backbone_of: Any, random_expert: Any, random_examples: Any, batch_size: int) -> None:
+    backbone = backbone_of("seq2seq", torch.float64)
+    expert, examples = random_expert(backbone, "bottleneck", 13), random_examples(9, 14)
+    found = fisher_diagonal(backbone, expert, examples, batch_size=batch_size)
+    assert_close(found, loop_true(backbone, expert, examples), 1e-10)
+
+
+def test_halves_are_every_other_example(backbone_of: Any, random_expert: Any, random_examples: Any) -> None:
+    backbone = backbone_of("encoder", torch.float64)
+    expert, examples = random_expert(backbone, "lora", 15), random_examples(7, 16)
+    found = fisher_diagonal(backbone, expert, examples, batch_size=3)
+    even, odd = (loop_true(backbone, expert, examples[h::2]) for h in (0, 1))
+    cosines = []
+    for key in even:
+        torch.testing.assert_close(found.even[key], even[key] * 4, rtol=1e-10, atol=0)
+        torch.testing.assert_close(found.odd[key], odd[key] * 3, rtol=1e-10, atol=0)
+        cosines.append((even[key] * odd[key]).sum() / even[key].norm() / odd[key].norm())
+    assert found.split_half() == pytest.approx(float(sum(cosines) / len(cosines)), rel=1e-9)
+
+
+@pytest.mark.parametrize("labels", ["true", "model"])
+def test_loss_is_that_of_the_true_answers(
+    backbone_of: Any, random_expert: Any, random_examples: Any, labels: str
+) -> None:
+    backbone = backbone_of("encoder", torch.float64)
+    expert, examples = random_expert(backbone, "lora", 17), random_examples(5, 18)
+    with torch.no_grad(), attached(backbone, expert.config, expert.tensors):
+        slow = sum(float(backbone.loss(backbone.collate([e]))[0]) for e in examples)
+    assert fisher_diagonal(backbone, expert, examples, labels=labels).loss == pytest.approx(slow, rel=1e-10)
+
+
+def test_split_half_skips_tensors_whose_fisher_is_zero(bert: Backbone, random_examples: Any) -> None:
+    """At LoRA's own start B is zero, and the gradients of all A vanish: they say nothing about how settled F is."""
+    config = make_config("lora", bert, r=2)
+    expert = Expert(initial_tensors(bert, config), config_dict(config), ExpertCard("start"))
+    examples = random_examples(6, 19)
+    found = fisher_diagonal(bert, expert, examples)
+    assert all(not f.any() for k, f in found.mean().items() if "lora_A" in k)
+    alive = [k for k in found.even if "lora_B" in k]
+    cosines = [torch.cosine_similarity(found.even[k].flatten(), found.odd[k].flatten(), dim=0) for k in alive]
+    assert found.split_half() == pytest.approx(float(torch.stack(cosines).mean()), rel=1e-6)
+
+
+def test_open_answers_under_the_model_are_sampled_by_the_examples_id(
+    backbone_of: Any, random_expert: Any, random_examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = backbone_of("seq2seq", torch.float64)
+    expert, examples = random_expert(backbone, "lora", 20), random_examples(4, 21, choices=())
+    drawn: dict[str, list[str]] = {}
+    generate = backbone.generate
+
+    def spy(batch: Any, **options: Any) -> list[str]:
+        assert options["do_sample"], "an expectation under the model needs samples, not the best answer"
+        answers = generate(batch, **options, max_new_tokens=5)
+        text = backbone.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
+        drawn.setdefault(text, []).extend(answers)
+        return answers
+
+    monkeypatch.setattr(backbone, "generate", spy)
+    found = fisher_diagonal(backbone, expert, examples, labels="model")
+    again = fisher_diagonal(backbone, expert, examples[::-1], labels="model", batch_size=1)
+    assert len(drawn) == len(examples)
+    assert all(first == second for first, second in drawn.values()), "the answer must depend on the example only"
+    answered = [
+        replace(e, target=drawn[backbone.tokenizer.decode(backbone.tokenizer(e.prompt)["input_ids"], skip_special_tokens=True)][0])
+        for e in examples
+    ]  # fmt: skip
+    expected = loop_true(backbone, expert, answered)
+    assert_close(found, expected, 1e-10)
+    assert_close(again, expected, 1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_leaves_backbone_and_expert_as_they_were(
+    bert: Backbone, random_expert: Any, random_examples: Any, method: str
+) -> None:
+    expert, examples = random_expert(bert, method, 22), random_examples(4, 23)
+    before = {k: v.clone() for k, v in bert.model.state_dict().items()}
+    tensors = {k: v.clone() for k, v in expert.tensors.items()}
+    state = torch.random.get_rng_state()
+    fisher_diagonal(bert, expert, examples)
+    after = bert.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(torch.equal(tensors[k], expert.tensors[k]) for k in tensors)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not any(p.requires_grad or p.grad is not None for p in bert.model.parameters())
+    assert not any(m._forward_hooks for m in bert.model.modules())
+
+
+class TestRefusals:
+    @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT's, on its own LNTuning
+    def test_a_tensor_that_is_not_on_a_linear(self, bert: Backbone, random_examples: Any, message: Any) -> None:
+        from peft import LNTuningConfig
+
+        config = LNTuningConfig(target_modules=["LayerNorm"])
+        expert = Expert(initial_tensors(bert, config), config_dict(config), ExpertCard("norms", method="ln"))
+        text = message(fisher_diagonal, bert, expert, random_examples(3))
+        assert "LayerNorm" in text
+        assert "[16]" in text
+        assert "Linear" in text
+
+    def test_no_examples(self, bert: Backbone, random_expert: Any) -> None:
+        with pytest.raises(DataError, match="no examples"):
+            fisher_diagonal(bert, random_expert(bert), [])
+
+    def test_an_unknown_label_source(self, bert: Backbone, random_expert: Any, random_examples: Any) -> None:
+        with pytest.raises(RefusedError, match="true, model, not 'best'"):
+            fisher_diagonal(bert, random_expert(bert), random_examples(2), labels="best")
+
+    def test_another_backbone(self, bert: Backbone, t5: Backbone, random_expert: Any, random_examples: Any) -> None:
+        with pytest.raises(BackboneMismatchError, match=f"tiny-t5.*{t5.fingerprint}.*tiny-bert.*{bert.fingerprint}"):
+            fisher_diagonal(bert, random_expert(t5), random_examples(2))
+
+    def test_examples_of_two_tasks(self, bert: Backbone, random_expert: Any, random_examples: Any) -> None:
+        mixed = [*random_examples(2), *random_examples(2, choices=("la", "mi"))]
+        with pytest.raises(RefusedError, match="different answer choices"):
+            fisher_diagonal(bert, random_expert(bert), mixed)
