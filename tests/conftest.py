@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -24,12 +26,15 @@ from pituning.backbones.seq2seq import Seq2SeqBackbone
 from pituning.errors import PituningError
 from pituning.example import Example
 from pituning.experts import Expert, ExpertCard
-from pituning.methods import config_dict, initial_tensors, make_config
+from pituning.interpolation import Mixture
+from pituning.methods import attached, config_dict, initial_tensors, make_config
 from pituning.tasks import Task
+from pituning.training.module import running
 
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
-# whole words and, from every third syllable, a continuation piece, so that texts of equal word count differ in tokens
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *SYLLABLES, *(f"##{s}" for s in SYLLABLES[::3])]
+# Every third syllable also as a continuation, so that texts of equal word count differ in tokens; letters for real words.
+PIECES = [*SYLLABLES, *(f"##{s}" for s in SYLLABLES[::3]), *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase)]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PIECES]
 CHOICES = ("ba", "de fi", "go ku la mi")
 RANK = {"lora": 3, "bottleneck": 4}
 
@@ -38,10 +43,10 @@ RandomExpert = Callable[..., Expert]
 RandomExamples = Callable[..., list[Example]]
 MakeTask = Callable[..., Task]
 
-
-def pytest_report_header() -> str:
-    """Hypothesis is derandomised; every other random input is made from a constant."""
-    return "seeds: fixed in the tests"
+settings.register_profile(
+    "tiny", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tiny")
 
 
 def build_bert(dtype: torch.dtype, share_layers: bool = False) -> EncoderBackbone:
@@ -164,6 +169,53 @@ def random_expert() -> RandomExpert:
         return Expert(tensors, config, card)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def random_experts(random_expert: RandomExpert) -> Callable[..., list[Expert]]:
+    """``random_experts(backbone, method, count, seed)``: LoRA experts differ in rank, scaling and adapted modules."""
+    modules = {"encoder": ("query", "key", "value", "output.dense"), "seq2seq": ("q", "k", "v", "wo")}
+    first = {"encoder": "0.attention.self.query", "seq2seq": "0.SelfAttention.q"}
+
+    def make(backbone: Backbone, method: str, count: int, seed: int = 0) -> list[Expert]:
+        if method != "lora":
+            return [random_expert(backbone, method, 100 * seed + k) for k in range(count)]
+        rng = random.Random(seed)
+        experts = []
+        for k in range(count):
+            targets = rng.sample(modules[backbone.family], rng.randint(1, 3))
+            options: dict[str, Any] = {
+                "r": rng.choice((1, 2, 3, 5)), "lora_alpha": rng.choice((1, 4, 7)), "use_rslora": rng.random() < 0.5,
+                "target_modules": sorted(targets),
+            }  # fmt: skip
+            if rng.random() < 0.5:
+                options |= {"alpha_pattern": {first[backbone.family]: 3}, "rank_pattern": {first[backbone.family]: 4}}
+            experts.append(random_expert(backbone, method, 100 * seed + k, **options))
+        return experts
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def attached_loss() -> Callable[[Backbone, Expert, Sequence[Example]], Tensor]:
+    """Per-example loss of an expert that PEFT itself runs, without any mixture."""
+
+    def loss(backbone: Backbone, expert: Expert, examples: Sequence[Example]) -> Tensor:
+        with torch.no_grad(), attached(backbone, expert.config, expert.tensors):
+            return backbone.loss(backbone.collate(examples))
+
+    return loss
+
+
+@pytest.fixture(scope="session")
+def mixture_loss() -> Callable[[Backbone, Mixture, Mapping[str, Any], Sequence[Example]], Tensor]:
+    """Per-example loss of a mixture."""
+
+    def loss(backbone: Backbone, mixture: Mixture, config: Mapping[str, Any], examples: Sequence[Example]) -> Tensor:
+        with torch.no_grad(), running(backbone, mixture, config) as model:
+            return model(**backbone.collate(examples))
+
+    return loss
 
 
 @pytest.fixture(scope="session")

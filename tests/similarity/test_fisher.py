@@ -191,7 +191,7 @@ def test_open_answers_under_the_model_are_sampled_by_the_examples_id(
 
     def spy(batch: Any, **options: Any) -> list[str]:
         assert options["do_sample"], "an expectation under the model needs samples, not the best answer"
-        answers = generate(batch, **options, max_new_tokens=5)
+        answers = generate(batch, **{**options, "max_new_tokens": 5})
         text = backbone.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
         drawn.setdefault(text, []).extend(answers)
         return answers

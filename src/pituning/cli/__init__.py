@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -15,6 +16,13 @@ from pituning.cli.run import run
 from pituning.cli.train import train
 from pituning.version import __version__
 
+# Other libraries read these when they are first imported; what the user has set counts.
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -27,8 +35,8 @@ app.command()(embed)
 app.command()(rank)
 app.command()(interpolate)
 app.command("eval")(evaluate)
-app.add_typer(pool_app, name="pool", help="Look after a pool: list, show, verify and audit its experts.")
 app.command()(run)
+app.add_typer(pool_app, name="pool", help="Look after a pool: list, show, verify and audit its experts.")
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,4 +64,6 @@ def start(
 
 def main() -> None:
     """Entry point of the ``pituning`` command."""
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
     app(prog_name="pituning")

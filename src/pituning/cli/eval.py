@@ -22,8 +22,10 @@ def evaluate(
         str | None,
         typer.Argument(metavar="EXPERT", help="A name in the pool, or a folder; nothing for the bare backbone."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which split: train, dev or test.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many examples, always the same ones.")] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Which split: train, dev or test.")] = "test",
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="At most so many examples, always the same ones.")
+    ] = None,
 ) -> None:
     """Measure how well an expert solves a task; without an expert, how well the bare backbone does.
 

@@ -14,7 +14,7 @@ from pituning.cli.rank import RankingOptions, ranking_document, ranking_table
 from pituning.cli.verb import verb
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from pituning.training.interpolate import Interpolation
 
@@ -35,7 +35,8 @@ def interpolate(
     saving: SaveOptions,
     output: Output,
     top: Annotated[
-        int, typer.Option(min=1, help="Blend so many of the highest ranked experts.", rich_help_panel=_PANEL)
+        int,
+        typer.Option(metavar="N", min=1, help="Blend so many of the highest ranked experts.", rich_help_panel=_PANEL),
     ] = 3,
     experts: Annotated[
         str | None,
@@ -69,13 +70,16 @@ def interpolate(
     rank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="LoRA: largest rank of the result; by default the exact one, the sum.", rich_help_panel=_PANEL
+            metavar="N",
+            min=1,
+            help="LoRA: largest rank of the result; by default the exact one, the sum of the experts' ranks.",
+            rich_help_panel=_PANEL,
         ),
     ] = None,
 ) -> None:
     """Blend the experts that help most into one expert for a task, and save it into the pool.
 
-    Several ways to use the experts are compared by cross-fitting; the best one is kept, also where that is the own expert.
+    Several ways to use the experts are compared by cross-fitting. The best is kept, even if it is the own expert.
 
     Example: pituning interpolate sst2 --shots 16 --own sst2-16shot-seed0
     """
@@ -119,7 +123,7 @@ def interpolate(
     )
 
 
-def _tables(found: Interpolation) -> list[Table]:
+def _tables(found: Interpolation) -> list[Group]:
     candidates = [
         ["→" if c.chosen else "", c.name, f"{c.loss:.4f}", f"{c.learning_rate:g}", str(c.steps)]
         for c in found.candidates

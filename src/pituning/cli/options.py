@@ -20,7 +20,7 @@ TaskName = Annotated[
     str,
     typer.Argument(metavar="TASK", help="A built-in task such as sst2, or the name of your own.", show_default=False),
 ]
-Method = Annotated[str, typer.Option(help="How the backbone is adapted: lora or bottleneck.")]
+Method = Annotated[str, typer.Option(metavar="NAME", help="How the backbone is adapted: lora or bottleneck.")]
 
 _DATA, _OWN_DATA, _MODEL, _SAVING = "Data", "Your own data", "Model", "Saving"
 
@@ -35,10 +35,13 @@ class DataOptions:
     ] = None
     shots: Annotated[
         int | None,
-        typer.Option(min=1, help="Use so many training examples per class, not all of them.", rich_help_panel=_DATA),
+        typer.Option(
+            metavar="N", min=1, help="Use so many training examples per class, not all of them.", rich_help_panel=_DATA
+        ),
     ] = None
     seed: Annotated[
-        int, typer.Option(help="Which examples are drawn, and their order in training.", rich_help_panel=_DATA)
+        int,
+        typer.Option(metavar="N", help="Which examples are drawn, and their order in training.", rich_help_panel=_DATA),
     ] = 0
     train_file: Annotated[
         Path | None,
@@ -112,16 +115,14 @@ class ModelOptions:
         str,
         typer.Option(metavar="NAME", help="minilm, a local folder, or a Hugging Face id.", rich_help_panel=_MODEL),
     ] = "minilm"
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …", rich_help_panel=_MODEL)] = "cpu"
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 …", rich_help_panel=_MODEL)] = "cpu"
 
     def load(self) -> Backbone:
-        """The backbone, without the libraries' own progress bars and warnings."""
+        """Load the backbone."""
         import torch
 
         from pituning.backbones import load_backbone
-        from pituning.cli.quiet import quieten
 
-        quieten()
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:

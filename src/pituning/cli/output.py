@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 _PANEL = "Output"
 
@@ -57,14 +58,20 @@ class Output:
             typer.echo(text, err=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table; a column whose name ends in ``#`` holds numbers and is set to the right."""
-    built = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in columns:
-        built.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
+    """A table under its title; a column whose name ends in ``#`` holds numbers and is set to the right.
+
+    Where all columns are nameless there is no header.
+    """
+    built = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_header=any(c.strip("#") for c in columns))
+    for index, column in enumerate(columns):
+        right = column.endswith("#")
+        built.add_column(
+            column.removesuffix("#"), justify="right" if right else "left", overflow="fold", no_wrap=index == 0
+        )
     for row in rows:
         built.add_row(*row)
-    return built
+    return Group(Text(title, style="bold"), built, "")
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from pituning.cli.verb import verb
 from pituning.errors import RefusedError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from pituning.backbones.base import Backbone
     from pituning.experts import Expert, ExpertPool
@@ -55,7 +55,7 @@ class RankingOptions:
     method: Annotated[
         str | None,
         typer.Option(
-            help="Only experts of this method, lora or bottleneck. Default: the own expert's, or the only one there is.",
+            help="Only experts of this method (lora or bottleneck); needed where the pool holds both.",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -143,7 +143,7 @@ def ranking_document(ranking: Ranking) -> list[dict[str, Any]]:
     ]
 
 
-def ranking_table(ranking: Ranking) -> Table:
+def ranking_table(ranking: Ranking) -> Group:
     """A ranking as a table."""
     rows = [[e.name, e.card.task, f"{s:+.4f}"] for e, s in zip(ranking.experts, ranking.similarities, strict=True)]
     return table(

@@ -14,7 +14,7 @@ from pituning.cli.output import Output, table
 from pituning.cli.verb import verb
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 
 @verb
@@ -37,10 +37,7 @@ def run(
     if not recipe.is_file():
         raise FileNotFoundError(2, "no such recipe", str(recipe))
     with output.status("loading"):
-        from pituning.cli.quiet import quieten
         from pituning.experiments.runner import run_recipe
-
-        quieten()
     results = run_recipe(recipe, folder, seeds=chosen, progress=not output.quiet)
     output.result(results, *_tables(results), results["summary"], f"report: {results['report']}")
 
@@ -52,7 +49,7 @@ def _numbers(seeds: str | None) -> list[int] | None:
         raise typer.BadParameter(f"--seeds expects whole numbers with commas between them, not {seeds!r}") from error
 
 
-def _tables(results: Mapping[str, Any]) -> list[Table]:
+def _tables(results: Mapping[str, Any]) -> list[Group]:
     arms = [
         [
             arm["label"],

@@ -31,15 +31,21 @@ def train(
     method: Method = "lora",
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Optimizer steps; not found by cross-fitting then.", rich_help_panel=_TRAINING),
+        typer.Option(
+            metavar="N", min=1, help="Optimizer steps; not found by cross-fitting then.", rich_help_panel=_TRAINING
+        ),
     ] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Passes over the examples, instead of --steps.", rich_help_panel=_TRAINING),
+        typer.Option(
+            metavar="N", min=0.01, help="Passes over the examples, instead of --steps.", rich_help_panel=_TRAINING
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Learning rate; not found by cross-fitting then.", rich_help_panel=_TRAINING),
+        typer.Option(
+            metavar="RATE", min=0.0, help="Learning rate; not found by cross-fitting then.", rich_help_panel=_TRAINING
+        ),
     ] = None,
     log_dir: Annotated[
         Path | None,
@@ -55,8 +61,7 @@ def train(
 
     Example: pituning train sst2 --shots 16 --seed 0
 
-    Own data: pituning train remarks --train-file train.tsv --labels 'neg=a negative remark' --labels 'pos=a positive
-    remark'
+    Example, own data: pituning train mine --train-file mine.tsv --labels 'neg=a negative remark' --labels 'pos=…'
     """
     if steps is not None and epochs is not None:
         raise typer.BadParameter("give either --steps or --epochs, not both")
@@ -65,10 +70,12 @@ def train(
     target = source.load(task)
     default = task if target.shots is None else f"{task}-{target.shots}shot-seed{target.seed}"
     with output.status(f"loading {model.backbone}"):
+        from pituning.methods import make_config
         from pituning.training.train_expert import train_expert
 
-        folder = saving.destination(pool, default, task=task, method=method, blended=False)
         backbone = model.load()
+        make_config(method, backbone)
+        folder = saving.destination(pool, default, task=task, method=method, blended=False)
     settings = _settings(target, steps, epochs, learning_rate)
     if resume and log_dir is not None and not any(log_dir.glob("checkpoint-*")):
         output.note(f"no checkpoint in {log_dir}: starting from the beginning")

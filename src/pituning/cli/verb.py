@@ -24,7 +24,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     line on standard error and exit code 1, an interruption with 130.
     """
     hints = get_type_hints(function, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name in groups:

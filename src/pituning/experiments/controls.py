@@ -122,10 +122,8 @@ def _cell(found: CrossFit) -> dict[str, Any]:
 def _own(draw: Draw) -> ArmResult:
     experts = tuple(draw.own(seed) for seed in draw.recipe.training_seeds)
     chosen = experts[0].card
-    return ArmResult(
-        experts,
-        {**chosen.metrics, "learning_rate": chosen.training["learning_rate"], "steps": chosen.training["steps"]},
-    )
+    cell = {key: chosen.training[key] for key in ("learning_rate", "steps")}
+    return ArmResult(experts, {**chosen.metrics, **cell})
 
 
 def _own_extra(draw: Draw) -> ArmResult:

@@ -41,10 +41,10 @@ class PoolSection(_Strict):
 class SearchSection(_Strict):
     """The grid that every arm is tuned on."""
 
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    steps: int = Field(default=40, ge=1)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
+    steps: int = Field(default=20, ge=1)
     eval_every: int = Field(default=10, ge=1)
-    folds: int = Field(default=2, ge=2)
+    folds: int = Field(default=4, ge=2)
     batch_size: int = Field(default=16, ge=1)
 
 
@@ -54,7 +54,7 @@ class InterpolationSection(_Strict):
     kind: str = "score"
     reference: Literal["shared", "own"] = "shared"
     top: int = Field(default=3, ge=1)
-    train: Literal["shared", "experts", "weights", "none"] = "shared"
+    train: Literal["experts", "shared", "weights", "none"] = "experts"
     granularity: Literal["model", "layer", "module", "tensor"] = "module"
     init: Literal["score", "uniform"] = "score"
     include_own: Literal["auto", True, False] = "auto"

@@ -234,7 +234,8 @@ def _summary(results: Mapping[str, Any]) -> str:
     by_name = {arm["name"]: statistics.fmean(arm["values"]) for arm in results["arms"]}
     if "pi" not in by_name:
         return ""
-    text = f"π reaches {by_name['pi']:.1%} {results['metric']} on {results['target']} from {results['shots']} examples per class"
+    text = f"π reaches {by_name['pi']:.1%} {results['metric']} on {results['target']} "
+    text += f"from {results['shots']} examples per class"
     for difference in results["differences"]:
         interval = ""
         if difference["low"] is not None:

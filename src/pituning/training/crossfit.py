@@ -1,21 +1,25 @@
 """Few-shot decisions by cross-fitting: learning rate and number of steps come from the log-loss on held-out folds.
 
-Accuracy on eight examples is a lottery; the log-loss of the same eight is not. Every arm of a comparison uses the same
-grid and the same folds.
+Accuracy on eight examples is a lottery; the log-loss of the same eight is not. The held-out predictions of all folds are
+pooled, and their log-loss is read after one temperature, so that mere overconfidence does not stop a run too early. Every
+arm of a comparison uses the same grid and the same folds.
 """
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.data.fewshot import stratified_folds
 from pituning.example import Example
 from pituning.interpolation.mixture import Mixture
-from pituning.training.evaluation import mean_log_loss
+from pituning.training.evaluation import calibrated_losses, log_probabilities
 from pituning.training.module import running
 from pituning.training.trainer import TrainSettings, fit
 
@@ -34,10 +38,10 @@ class Search:
         fold_seed: seed of the split into folds.
     """
 
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    steps: int = 40
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
+    steps: int = 20
     eval_every: int = 10
-    folds: int = 2
+    folds: int = 4
     fold_seed: int = 0
     batch_size: int = 16
     alpha_learning_rate: float = 0.0
@@ -57,18 +61,16 @@ class Search:
 
 @dataclass(frozen=True)
 class CrossFit:
-    """The outcome: the best cell, its mean held-out log-loss, and the whole grid.
+    """The outcome: the best cell, its held-out calibrated log-loss, and the whole grid.
 
     Attributes:
-        curves: learning rate → step → mean held-out log-loss over the folds.
-        fold_losses: log-loss of the best cell, fold by fold.
+        curves: learning rate → step → calibrated log-loss over the held-out examples of all folds.
     """
 
     learning_rate: float
     steps: int
     loss: float
     curves: Mapping[float, Mapping[int, float]] = field(default_factory=dict)
-    fold_losses: tuple[float, ...] = ()
 
 
 def cross_fit(backbone: Backbone, start: Start, examples: Sequence[Example], search: Search, seed: int = 0) -> CrossFit:
@@ -80,22 +82,56 @@ def cross_fit(backbone: Backbone, start: Start, examples: Sequence[Example], sea
         seed: training seed.
     """
     folds = stratified_folds(examples, search.folds, search.fold_seed)
-    curves: dict[float, dict[int, list[float]]] = {}
-    for rate in search.learning_rates:
-        for index, (train, held_out) in enumerate(folds):
-            mixture, config = start(index)
-            if not any(p.requires_grad for p in mixture.parameters()):
-                with running(backbone, mixture, config) as model:
-                    curve: Mapping[int, float] = {0: mean_log_loss(backbone, held_out, model)}
-            else:
-                settings = search.settings(rate, search.steps, seed)
-                curve = fit(backbone, mixture, config, train, settings, held_out=held_out).held_out
-            for step, loss in curve.items():
-                curves.setdefault(rate, {}).setdefault(step, []).append(loss)
-    cells = [(statistics.fmean(losses), rate, step) for rate, curve in curves.items() for step, losses in curve.items()]
-    loss, rate, step = min(cells, key=lambda cell: (cell[0], cell[2], cell[1]))
-    means = {r: {s: statistics.fmean(v) for s, v in c.items()} for r, c in curves.items()}
-    return CrossFit(rate, step, loss, means, tuple(curves[rate][step]))
+    held = [example for _, part in folds for example in part]
+    losses: dict[tuple[float, int], Tensor] = {}
+    for rate in sorted(search.learning_rates):
+        curves = [_fold_curve(backbone, start(i), parts, search, rate, seed) for i, parts in enumerate(folds)]
+        for step in curves[0]:
+            losses[rate, step] = calibrated_losses(torch.cat([curve[step] for curve in curves]), held)
+        if len(losses) == 1:  # nothing is trained, so the rate does not matter
+            break
+    rate, step = gentlest_within_one_standard_error(losses)
+    means: dict[float, dict[int, float]] = {}
+    for (r, s), values in losses.items():
+        means.setdefault(r, {})[s] = float(values.mean())
+    return CrossFit(rate, step, means[rate][step], means)
+
+
+def gentlest_within_one_standard_error(losses: Mapping[tuple[float, int], Tensor]) -> tuple[float, int]:
+    """The lowest rate, and at it the most steps, whose loss is within one standard error of the best cell's.
+
+    A few dozen held-out examples seldom tell the cells of a warm start apart, and the refit has more examples than a fold
+    had. So the default is a whole run at a gentle rate, and it takes evidence, a paired difference beyond its standard
+    error, to stop earlier or to train harder.
+
+    Args:
+        losses: (learning rate, steps) → per-example held-out loss, all over the same examples.
+    """
+    best = min(losses, key=lambda cell: (float(losses[cell].mean()), cell))
+
+    def close(cell: tuple[float, int]) -> bool:
+        difference = losses[cell] - losses[best]
+        standard_error = float(difference.std()) / math.sqrt(len(difference))
+        return float(difference.mean()) <= standard_error
+
+    return min((cell for cell in losses if cell == best or close(cell)), key=lambda cell: (cell[0], -cell[1]))
+
+
+def _fold_curve(
+    backbone: Backbone,
+    begun: tuple[Mixture, Mapping[str, Any]],
+    parts: tuple[Sequence[Example], Sequence[Example]],
+    search: Search,
+    rate: float,
+    seed: int,
+) -> Mapping[int, Tensor]:
+    """Held-out log p(choice) by step, of one fold at one learning rate."""
+    (mixture, config), (train, held_out) = begun, parts
+    if any(p.requires_grad for p in mixture.parameters()):
+        settings = search.settings(rate, search.steps, seed)
+        return fit(backbone, mixture, config, train, settings, held_out=held_out).held_out_log_p
+    with running(backbone, mixture, config) as model:
+        return {0: log_probabilities(backbone, held_out, model)}
 
 
 def fold_examples(examples: Sequence[Example], search: Search, fold: int | None) -> Sequence[Example]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from pituning.backbones.base import Backbone, Batch, common_choices
@@ -68,8 +70,7 @@ def evaluate(
         log_p = log_probabilities(backbone, examples)
     truth = [e.label for e in examples]
     found = log_p.argmax(1).tolist()
-    losses = -log_p[torch.arange(len(truth)), torch.tensor(truth)]
-    metrics = {task.metric: classification_metric(task.metric, truth, found), "log-loss": float(losses.mean())}
+    metrics = {task.metric: classification_metric(task.metric, truth, found), "log-loss": log_loss(log_p, examples)}
     name = expert.name if expert else f"{backbone.name} (zero-shot)"
     return Evaluation(task.name, split, name, task.metric, metrics, tuple(found))
 
@@ -94,5 +95,24 @@ def log_probabilities(
 
 def mean_log_loss(backbone: Backbone, examples: Sequence[Example], model: MixtureModel | None = None) -> float:
     """Mean −log p(right choice), in nats."""
-    log_p = log_probabilities(backbone, examples, model)
+    return log_loss(log_probabilities(backbone, examples, model), examples)
+
+
+def log_loss(log_p: Tensor, examples: Sequence[Example]) -> float:
+    """Mean −log p(right choice) of rows ``[examples, choices]``, in nats."""
     return float(-log_p[torch.arange(len(examples)), torch.tensor([e.label for e in examples])].mean())
+
+
+def calibrated_losses(log_p: Tensor, examples: Sequence[Example]) -> Tensor:
+    """Per-example log-loss ``[examples]`` after the one temperature T that minimises their mean −log softmax(log p / T).
+
+    A few shots drive the log-loss up by overconfidence long before they hurt the ranking of the answers; one temperature
+    for all examples removes that part. Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    truth = torch.tensor([e.label for e in examples])
+
+    def losses(log_temperature: float) -> Tensor:
+        return F.cross_entropy(log_p.double() * math.exp(-log_temperature), truth, reduction="none")
+
+    found = minimize_scalar(lambda t: float(losses(t).mean()), bounds=(-2.0, 4.0), method="bounded")
+    return losses(float(found.x))

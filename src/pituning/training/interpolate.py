@@ -120,7 +120,7 @@ def choose(
     experts: Sequence[Expert],
     own: Expert | None = None,
     *,
-    train: str = "shared",
+    train: str = "experts",
     granularity: str = "module",
     init: str | Sequence[float] = "score",
     similarities: Sequence[float] | None = None,
@@ -132,8 +132,9 @@ def choose(
     """Compare the candidates by cross-fitted log-loss on the shots.
 
     Args:
-        train: ``"shared"`` (frozen experts, α and one trainable δ), ``"experts"`` (the paper: α and all φ_k),
-            ``"weights"`` (α only) or ``"none"`` (a soup).
+        train: ``"experts"`` (the paper: α and all φ_k), ``"shared"`` (frozen experts, α and one trainable δ: less memory;
+            for LoRA, δ starts at zero and wants a learning rate about three times higher), ``"weights"`` (α only) or
+            ``"none"`` (a soup).
         granularity: who shares weights: ``model``, ``layer``, ``module`` (the paper) or ``tensor``.
         init: starting weights: ``"uniform"``, ``"similarity"`` (softmax of ``similarities``), ``"score"`` (from each
             expert's log-loss on the shots) or K numbers.

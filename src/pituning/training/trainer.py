@@ -62,9 +62,10 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a run reports: held-out log-loss and training loss by step, and the steps it took."""
+    """What a run reports by step: held-out log-loss, held-out log p(choice) ``[examples, choices]``, training loss."""
 
     held_out: Mapping[int, float] = field(default_factory=dict)
+    held_out_log_p: Mapping[int, Tensor] = field(default_factory=dict)
     training: Mapping[int, float] = field(default_factory=dict)
     steps: int = 0
     best_step: int = 0
@@ -106,7 +107,9 @@ def fit(
         _keep_quiet(trainer, progress)
         trainer.train(resume_from_checkpoint=True if resume and _has_checkpoint(folder) else None)
         history.restore_best()
-        return Fit(history.held_out, history.training, trainer.state.global_step, history.best_step)
+        return Fit(
+            history.held_out, history.held_out_log_p, history.training, trainer.state.global_step, history.best_step
+        )
 
 
 class MixtureTrainer(Trainer):
@@ -169,6 +172,7 @@ class _History(TrainerCallback):
     def __init__(self, trainer: MixtureTrainer, held_out: Sequence[Example], settings: TrainSettings) -> None:
         self.trainer, self.examples, self.settings = trainer, list(held_out), settings
         self.held_out: dict[int, float] = {}
+        self.held_out_log_p: dict[int, Tensor] = {}
         self.training: dict[int, float] = {}
         self.best_step = 0
         self._best: dict[str, Tensor] = {}
@@ -198,10 +202,11 @@ class _History(TrainerCallback):
     def _measure(self, step: int) -> None:
         if not self.examples or step in self.held_out:
             return
-        from pituning.training.evaluation import mean_log_loss
+        from pituning.training.evaluation import log_loss, log_probabilities
 
-        loss = mean_log_loss(self.trainer.backbone, self.examples, self.trainer.model)
-        self.held_out[step] = loss
+        log_p = log_probabilities(self.trainer.backbone, self.examples, self.trainer.model)
+        loss = log_loss(log_p, self.examples)
+        self.held_out[step], self.held_out_log_p[step] = loss, log_p
         if len(self.held_out) > 1:
             self.trainer.log({"held_out_log_loss": loss})
         if loss <= min(self.held_out.values()):

@@ -1,0 +1,61 @@
+"""A recipe is validated as a whole: every problem is reported at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pituning.errors import RecipeError
+from pituning.experiments.recipe import ARMS, load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid_and_open_with_their_command(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert path.read_text(encoding="utf-8").splitlines()[0] == f"# pituning run {path.relative_to(ROOT)}"
+    assert set(recipe.arms) <= set(ARMS)
+
+
+def test_every_problem_is_listed(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("title: x\ntarget: sst2\nshotz: 4\npool: {folder: p, tasks: [cr], epochs: 0}\noutput: o\nshots: 0\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert "3 problem(s)" in message
+    for part in ("shotz", "pool.epochs", "shots"):
+        assert part in message
+
+
+def test_unknown_names_come_with_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "names.yaml"
+    path.write_text("title: x\ntarget: sst3\npool: {folder: p, tasks: [cr, trecc6]}\noutput: o\nmethod: lorra\narms: [ownn]\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    for part in ("'sst2'", "'trec6'", "'lora'", "'own'"):
+        assert part in str(caught.value)
+
+
+def test_target_must_not_be_in_the_pool(tmp_path: Path) -> None:
+    path = tmp_path / "leak.yaml"
+    path.write_text("title: x\ntarget: sst2\npool: {folder: p, tasks: [sst2]}\noutput: o\n")
+    with pytest.raises(RecipeError, match="target 'sst2' is among the pool's tasks"):
+        load_recipe(path)
+
+
+def test_not_yaml_and_missing(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("title: [")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_digest_follows_what_changes_a_result(tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
+    assert recipe.digest() == recipe.model_copy(update={"draws": (7,), "title": "other"}).digest()
+    assert recipe.digest() != recipe.model_copy(update={"shots": 4}).digest()

@@ -1,0 +1,200 @@
+"""Similarities against formulas written out in numpy, and against the numbers of the paper's own notebook."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pituning.backbones.base import Backbone
+from pituning.errors import ExpertError, RefusedError
+from pituning.methods import initial_tensors
+from pituning.similarity import TaskEmbedding
+from pituning.similarity.graph import task_graph
+from pituning.similarity.measures import fisher_similarity, weight_similarity, zero_tensors
+
+FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
+needs_fixtures = pytest.mark.skipif(
+    not FIXTURES.is_dir(), reason=f"the reference's recorded numbers are not here: no folder {FIXTURES}"
+)
+SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (6, 4)}
+
+
+def embedding(fisher: dict[str, Tensor], **changes: Any) -> TaskEmbedding:
+    values: dict[str, Any] = {
+        "task": "t", "samples": 8, "labels": "true", "reference": "own", "reference_hash": "h", "mean_loss": 1.0,
+        "split_half": 1.0,
+    }  # fmt: skip
+    return TaskEmbedding(fisher=fisher, **{**values, **changes})
+
+
+def random_fisher(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(s, generator=generator) ** 2 * 10 ** torch.randn(1, generator=generator) for k, s in SHAPES.items()}
+
+
+def cosine(a: Any, b: Any) -> float:
+    a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
+    return float(a @ b / np.sqrt(a @ a) / np.sqrt(b @ b))
+
+
+def by_hand(left: dict[str, Tensor], right: dict[str, Tensor], kind: str) -> float:
+    values = []
+    for key in left:
+        a, b = left[key].double().numpy(), right[key].double().numpy()
+        if kind != "fisher-cosine":
+            epsilon = 1e-6 if kind == "fisher-paper" else 1e-6 * np.mean(a + b)
+            a, b = a / (a + b + epsilon), b / (a + b + epsilon)
+        values.append(cosine(a, b))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("kind", ["fisher", "fisher-paper", "fisher-cosine"])
+@pytest.mark.parametrize("seed", range(5))
+def test_fisher_similarities_are_their_formulas(kind: str, seed: int) -> None:
+    left, right = random_fisher(2 * seed), random_fisher(2 * seed + 1)
+    found = fisher_similarity(embedding(left), embedding(right), kind)
+    assert found == pytest.approx(by_hand(left, right, kind), rel=1e-12)
+    assert found == pytest.approx(fisher_similarity(embedding(right), embedding(left), kind), rel=1e-12)
+    assert fisher_similarity(embedding(left), embedding(left), kind) == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "fisher-cosine"])
+def test_only_the_papers_variant_depends_on_the_scale_of_the_loss(kind: str) -> None:
+    left, right = random_fisher(10), random_fisher(11)
+    small = [embedding({k: f * 1e-6 for k, f in x.items()}) for x in (left, right)]
+    assert fisher_similarity(*small, kind) == pytest.approx(by_hand(left, right, kind), rel=1e-5)
+    assert fisher_similarity(*small, "fisher-paper") != pytest.approx(by_hand(left, right, "fisher-paper"), rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "fisher-paper", "fisher-cosine"])
+def test_tensors_without_fisher_are_left_out_and_named(kind: str) -> None:
+    left, right = random_fisher(20), random_fisher(21)
+    rest = {k: f for k, f in left.items() if k != "a.bias"}
+    left["a.bias"] = torch.zeros(4)
+    found = fisher_similarity(embedding(left), embedding(right), kind)
+    assert found == pytest.approx(by_hand(rest, right, kind), rel=1e-12)
+    assert zero_tensors(embedding(left)) == ["a.bias"]
+    assert zero_tensors(embedding(right)) == []
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(RefusedError, match="fisher, fisher-paper, fisher-cosine, not 'cosine'"):
+        fisher_similarity(embedding(random_fisher(0)), embedding(random_fisher(1)), "cosine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reference": "shared"}, "different reference points (own, shared)"),
+        ({"fisher": {k: f for k, f in random_fisher(1).items() if k != "b.weight"}}, "differ in tensor b.weight"),
+        ({"fisher": {**random_fisher(1), "b.weight": torch.ones(2, 2)}}, "differ in tensor b.weight"),
+    ],
+)
+def test_embeddings_that_do_not_compare_are_refused(changes: dict[str, Any], said: str, message: Any) -> None:
+    other = embedding(**{"fisher": random_fisher(1), "task": "u", **changes})
+    text = message(fisher_similarity, embedding(random_fisher(0)), other)
+    assert said in text
+    assert "'t'" in text
+    assert "'u'" in text
+
+
+def test_shared_embeddings_must_share_their_point() -> None:
+    left = embedding(random_fisher(0), reference="shared", reference_hash="one")
+    right = embedding(random_fisher(1), reference="shared", reference_hash="two")
+    with pytest.raises(ExpertError, match="different shared experts"):
+        fisher_similarity(left, right)
+    same = embedding(random_fisher(1), reference="shared", reference_hash="one")
+    assert fisher_similarity(left, same) == pytest.approx(by_hand(random_fisher(0), random_fisher(1), "fisher"), rel=1e-9)
+
+
+def golden_embeddings(case: str) -> list[TaskEmbedding]:
+    """The inputs of a case of the reference's similarity notebook."""
+    if case == "tiny_model3":
+        recorded = safetensors.torch.load_file(FIXTURES / "fim" / "fim.safetensors")
+        names = ("adapter_single", "adapter_single_frozenbn", "trainer_with_steps")
+        prefixes = [f"{n}.sumAB." for n in names]
+        scale = 4.0
+    else:
+        recorded = safetensors.torch.load_file(FIXTURES / "similarity" / "inputs.safetensors")
+        prefixes = [f"{case}.t{i}." for i in range(2 if case == "two_tasks" else 3)]
+        scale = 1.0
+    return [
+        embedding({k.removeprefix(p): f / scale for k, f in recorded.items() if k.startswith(p)}, task=p) for p in prefixes
+    ]
+
+
+@needs_fixtures
+@pytest.mark.parametrize("case", ["random3", "two_tasks", "tiny_model3"])
+def test_fisher_paper_gives_the_notebooks_numbers(case: str) -> None:
+    golden = json.loads((FIXTURES / "similarity" / "golden.json").read_text())[case]["upper"]
+    embeddings = golden_embeddings(case)
+    assert all(e.fisher for e in embeddings)
+    for i, left in enumerate(embeddings):
+        for j in range(i + 1, len(embeddings)):
+            found = fisher_similarity(left, embeddings[j], "fisher-paper")
+            assert found == pytest.approx(golden[i][j], abs=2e-6), (i, j)  # the notebook computes in float32
+
+
+@needs_fixtures
+@pytest.mark.parametrize("case", ["random3", "two_tasks", "tiny_model3", "zero_component"])
+def test_the_task_graph_is_the_notebooks_matrix(case: str) -> None:
+    """In ``zero_component`` a tensor without Fisher in one task is left out for all, so that all entries compare."""
+    golden = json.loads((FIXTURES / "similarity" / "golden.json").read_text())[case]["symmetric_rounded4"]
+    embeddings = {e.task: e for e in golden_embeddings(case)}
+    graph = task_graph(embeddings, "fisher-paper")
+    assert graph.kind == "fisher-paper"
+    assert graph.names == tuple(embeddings)
+    np.testing.assert_allclose(graph.matrix, golden, rtol=0, atol=5.5e-5)
+
+
+@needs_fixtures
+def test_what_the_notebook_skips_without_a_word_is_an_error_here(message: Any) -> None:
+    text = message(fisher_similarity, golden_embeddings("missing_component")[0], golden_embeddings("missing_component")[2])
+    assert "encoder.layers.0.fc1.weight" in text
+
+
+class TestWeights:
+    def test_lora_compares_what_it_adds_to_the_base_weights(
+        self, bert: Backbone, random_expert: Any, lora_deltas: Any
+    ) -> None:
+        left = random_expert(bert, "lora", 1, r=2)
+        right = random_expert(bert, "lora", 2, r=4, lora_alpha=3, use_rslora=True, target_modules=["query", "key"])
+        mine, others = lora_deltas(left), lora_deltas(right)
+        common = [m for m in mine if m in others]
+        assert len(common) == 2
+        slow = np.mean([cosine(mine[m], others[m]) for m in common])
+        assert weight_similarity(left, right) == pytest.approx(slow, rel=1e-9)
+        assert weight_similarity(left, left) == pytest.approx(1, rel=1e-12)
+
+    def test_the_same_change_in_other_factors_is_the_same(self, bert: Backbone, random_expert: Any) -> None:
+        expert = random_expert(bert, "lora", 3)
+        rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
+        turned = {
+            k: rotation @ t if "lora_A" in k else t @ rotation.T for k, t in expert.tensors.items()
+        }  # fmt: skip
+        other = type(expert)(turned, expert.config, expert.card)
+        assert weight_similarity(expert, other) == pytest.approx(1, rel=1e-5)
+
+    def test_bottleneck_compares_the_way_from_the_start(self, bert: Backbone, random_expert: Any) -> None:
+        left, right = random_expert(bert, "bottleneck", 4), random_expert(bert, "bottleneck", 5)
+        start = initial_tensors(bert, left.config)
+        slow = np.mean([cosine(left.tensors[k] - start[k], right.tensors[k] - start[k]) for k in start])
+        assert weight_similarity(left, right, start) == pytest.approx(slow, abs=1e-6)
+        with pytest.raises(RefusedError, match="common initialisation"):
+            weight_similarity(left, right)
+
+    def test_experts_without_a_common_module_or_tensor(self, bert: Backbone, random_expert: Any, message: Any) -> None:
+        left = random_expert(bert, "lora", 6, target_modules=["query"])
+        right = random_expert(bert, "lora", 7, target_modules=["value"])
+        assert "no module in common" in message(weight_similarity, left, right)
+        wide = random_expert(bert, "bottleneck", 8)
+        narrow = random_expert(bert, "bottleneck", 9, target_modules=["attention.output.dense"])
+        text = message(weight_similarity, wide, narrow, initial_tensors(bert, wide.config))
+        assert "'bottleneck-8' and 'bottleneck-9' differ in tensor base_model.model.encoder.layer.0.output.dense" in text
