@@ -90,19 +90,18 @@ def cross_fit(backbone: Backbone, start: Start, examples: Sequence[Example], sea
             losses[rate, step] = calibrated_losses(torch.cat([curve[step] for curve in curves]), held)
         if len(losses) == 1:  # nothing is trained, so the rate does not matter
             break
-    rate, step = gentlest_within_one_standard_error(losses)
+    rate, step = longest_within_one_standard_error(losses)
     means: dict[float, dict[int, float]] = {}
     for (r, s), values in losses.items():
         means.setdefault(r, {})[s] = float(values.mean())
     return CrossFit(rate, step, means[rate][step], means)
 
 
-def gentlest_within_one_standard_error(losses: Mapping[tuple[float, int], Tensor]) -> tuple[float, int]:
-    """The lowest rate, and at it the most steps, whose loss is within one standard error of the best cell's.
+def longest_within_one_standard_error(losses: Mapping[tuple[float, int], Tensor]) -> tuple[float, int]:
+    """The most steps whose loss is within one standard error of the best cell's, and the best rate at that many steps.
 
-    A few dozen held-out examples seldom tell the cells of a warm start apart, and the refit has more examples than a fold
-    had. So the default is a whole run at a gentle rate, and it takes evidence, a paired difference beyond its standard
-    error, to stop earlier or to train harder.
+    A few dozen held-out examples seldom tell the lengths of a run apart, and the refit has more examples than a fold had.
+    So a whole run is the default, and it takes evidence, a paired difference beyond its standard error, to stop earlier.
 
     Args:
         losses: (learning rate, steps) → per-example held-out loss, all over the same examples.
@@ -114,7 +113,10 @@ def gentlest_within_one_standard_error(losses: Mapping[tuple[float, int], Tensor
         standard_error = float(difference.std()) / math.sqrt(len(difference))
         return float(difference.mean()) <= standard_error
 
-    return min((cell for cell in losses if cell == best or close(cell)), key=lambda cell: (cell[0], -cell[1]))
+    return min(
+        (cell for cell in losses if cell == best or close(cell)),
+        key=lambda cell: (-cell[1], float(losses[cell].mean()), cell[0]),
+    )
 
 
 def _fold_curve(
