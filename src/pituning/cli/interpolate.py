@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pituning.training.interpolate import Interpolation
 
-TrainMode = Literal["shared", "experts", "weights", "none"]
+TrainMode = Literal["experts", "shared", "weights", "none"]
 Granularity = Literal["model", "layer", "module", "tensor"]
 IncludeOwn = Literal["auto", "yes", "no"]
 _OWN: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
@@ -51,11 +51,11 @@ def interpolate(
     train_mode: Annotated[
         TrainMode,
         typer.Option(
-            help="What is trained: the weights and one shared difference, the weights and all experts, the weights "
-            "alone, or nothing.",
+            help="What is trained: the weights and all experts (the paper), the weights and one shared difference "
+            "(less memory), the weights alone, or nothing.",
             rich_help_panel=_PANEL,
         ),
-    ] = "shared",
+    ] = "experts",
     init: Annotated[
         str,
         typer.Option(

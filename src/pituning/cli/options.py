@@ -31,7 +31,9 @@ class DataOptions:
 
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder that holds TASK/train.tsv, TASK/test.tsv …", rich_help_panel=_DATA),
+        typer.Option(
+            metavar="FOLDER", help="Folder of built-in tasks: TASK/train.tsv, TASK/test.tsv …", rich_help_panel=_DATA
+        ),
     ] = None
     shots: Annotated[
         int | None,
@@ -80,8 +82,6 @@ class DataOptions:
                     "--labels, --text-column and --label-column describe your own data: add --train-file or --test-file"
                 )
             return load_task(name, shots=self.shots, seed=self.seed, data=self.data)
-        if self.data is not None:
-            raise typer.BadParameter("give either --data or --train-file/--test-file, not both")
         task = task_from_files(
             name,
             self.own_files,

@@ -39,7 +39,7 @@ def run(
     with output.status("loading"):
         from pituning.experiments.runner import run_recipe
     results = run_recipe(recipe, folder, seeds=chosen, progress=not output.quiet)
-    output.result(results, *_tables(results), results["summary"], f"report: {results['report']}")
+    output.result(results, *_tables(results), *filter(None, [results["summary"]]), f"report: {results['report']}")
 
 
 def _numbers(seeds: str | None) -> list[int] | None:
@@ -59,12 +59,11 @@ def _tables(results: Mapping[str, Any]) -> list[Group]:
         for arm in results["arms"]
     ]
     differences = [
-        [d["name"], f"{100 * d['mean']:+.1f}", _interval(d.get("low"), d.get("high"))] for d in results["differences"]
+        [d["name"], f"{100 * d['mean']:+.1f}", _interval(d.get("low"), d.get("high"))]
+        for d in results.get("differences", ())
     ]
-    return [
-        table(f"{results['title']}, per cent", ["arm", "mean#", "seed by seed"], arms),
-        table("Differences in points", ["", "mean#", "interval"], differences),
-    ]
+    shown = [table(f"{results['title']}, per cent", ["arm", "mean#", "seed by seed"], arms)]
+    return [*shown, table("Differences in points", ["", "mean#", "interval"], differences)] if differences else shown
 
 
 def _interval(low: float | None, high: float | None) -> str:

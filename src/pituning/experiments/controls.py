@@ -89,9 +89,9 @@ class Draw:
         return rank_experts(self.backbone, self.task, self.pool, own, kind=section.kind, reference=section.reference)
 
     def tuned(self, start: Start, own_start: Callable[[int], Start] | None = None) -> ArmResult:
-        """Cross-fit a start and fit it on all shots, once per training seed."""
+        """Cross-fit a start and fit it on all shots, once per training seed; ``own_start`` for starts from the own expert."""
         examples = self.task.split("train")
-        found = cross_fit(self.backbone, start, examples, self.search)
+        found = cross_fit(self.backbone, start, examples, self.search, warm=own_start is None)
         experts = []
         for seed in self.recipe.training_seeds:
             mixture, config = (own_start(seed) if own_start else start)(None)

@@ -73,13 +73,16 @@ class CrossFit:
     curves: Mapping[float, Mapping[int, float]] = field(default_factory=dict)
 
 
-def cross_fit(backbone: Backbone, start: Start, examples: Sequence[Example], search: Search, seed: int = 0) -> CrossFit:
+def cross_fit(
+    backbone: Backbone, start: Start, examples: Sequence[Example], search: Search, seed: int = 0, *, warm: bool = True
+) -> CrossFit:
     """Find learning rate and steps for a start.
 
     Args:
         start: called once per fold and learning rate; for a start that contains the own expert it returns the one
             trained without that fold.
         seed: training seed.
+        warm: whether the start carries what experts of other tasks know; see :func:`choose_cell`.
     """
     folds = stratified_folds(examples, search.folds, search.fold_seed)
     held = [example for _, part in folds for example in part]
@@ -90,18 +93,19 @@ def cross_fit(backbone: Backbone, start: Start, examples: Sequence[Example], sea
             losses[rate, step] = calibrated_losses(torch.cat([curve[step] for curve in curves]), held)
         if len(losses) == 1:  # nothing is trained, so the rate does not matter
             break
-    rate, step = longest_within_one_standard_error(losses)
+    rate, step = choose_cell(losses, warm)
     means: dict[float, dict[int, float]] = {}
     for (r, s), values in losses.items():
         means.setdefault(r, {})[s] = float(values.mean())
     return CrossFit(rate, step, means[rate][step], means)
 
 
-def longest_within_one_standard_error(losses: Mapping[tuple[float, int], Tensor]) -> tuple[float, int]:
-    """The most steps whose loss is within one standard error of the best cell's, and the best rate at that many steps.
+def choose_cell(losses: Mapping[tuple[float, int], Tensor], warm: bool) -> tuple[float, int]:
+    """Learning rate and steps, given that a few dozen held-out examples seldom tell the cells of the grid apart.
 
-    A few dozen held-out examples seldom tell the lengths of a run apart, and the refit has more examples than a fold had.
-    So a whole run is the default, and it takes evidence, a paired difference beyond its standard error, to stop earlier.
+    Among the cells whose loss is within one (paired) standard error of the best, take the longest runs, since the refit has
+    more examples than a fold had. Of these, a start from scratch takes the rate of the lowest loss; a *warm* start, from
+    experts of other tasks, the lowest rate: a hot one erases what they know faster than a few shots can show.
 
     Args:
         losses: (learning rate, steps) → per-example held-out loss, all over the same examples.
@@ -113,10 +117,10 @@ def longest_within_one_standard_error(losses: Mapping[tuple[float, int], Tensor]
         standard_error = float(difference.std()) / math.sqrt(len(difference))
         return float(difference.mean()) <= standard_error
 
-    return min(
-        (cell for cell in losses if cell == best or close(cell)),
-        key=lambda cell: (-cell[1], float(losses[cell].mean()), cell[0]),
-    )
+    cells = [cell for cell in losses if cell == best or close(cell)]
+    if warm:
+        return min(cells, key=lambda cell: (cell[0], -cell[1]))
+    return min(cells, key=lambda cell: (-cell[1], float(losses[cell].mean()), cell[0]))
 
 
 def _fold_curve(

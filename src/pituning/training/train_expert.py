@@ -61,7 +61,7 @@ def train_expert(
     held_out = () if task.shots is not None or not task.splits.get("dev") else task.split("dev", _DEV_LIMIT)
     if settings is None and task.shots is not None:
         search = search or Search()
-        found = cross_fit(backbone, lambda _: start_from(initial, config), examples, search)
+        found = cross_fit(backbone, lambda _: start_from(initial, config), examples, search, warm=False)
         settings = search.settings(found.learning_rate, found.steps, seed)
         metrics["cross-fitted log-loss"] = found.loss
     settings = (settings or FULL_DATA).with_(seed=seed)
