@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,28 @@ def load_backbone(
 
         from pituning.backbones.seq2seq import Seq2SeqBackbone
 
-        model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=dtype)
+        with _without_bar():
+            model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=dtype)
         return Seq2SeqBackbone(name, model, tokenizer, device=device, **options)
     from transformers import AutoModel
 
-    return EncoderBackbone(name, AutoModel.from_pretrained(source, dtype=dtype), tokenizer, device=device, **options)
+    with _without_bar():
+        model = AutoModel.from_pretrained(source, dtype=dtype)
+    return EncoderBackbone(name, model, tokenizer, device=device, **options)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """No progress bar for reading a file that takes a fraction of a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _source(name: str) -> str:

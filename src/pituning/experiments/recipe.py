@@ -42,9 +42,9 @@ class SearchSection(_Strict):
     """The grid that every arm is tuned on."""
 
     learning_rates: tuple[float, ...] = (3e-4, 1e-3)
-    steps: int = Field(default=20, ge=1)
-    eval_every: int = Field(default=10, ge=1)
-    folds: int = Field(default=4, ge=2)
+    steps: int = Field(default=40, ge=1)
+    eval_every: int = Field(default=20, ge=1)
+    folds: int = Field(default=2, ge=2)
     batch_size: int = Field(default=16, ge=1)
 
 

@@ -119,7 +119,8 @@ class Expert:
         folder = Path(folder)
         tensors = {k: t.detach().cpu().contiguous() for k, t in sorted(self.tensors.items())}
         with _atomic_folder(folder) as target:
-            (target / CONFIG_FILE).write_text(json.dumps(dict(self.config), indent=2) + "\n", encoding="utf-8")
+            config = {**self.config, "base_model_name_or_path": self.card.backbone or None}
+            (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             safetensors.torch.save_file(tensors, target / TENSOR_FILE, metadata={"format": "pt"})
             card = {
                 "schema": SCHEMA,
@@ -152,6 +153,7 @@ class Expert:
             expert = cls(tensors, config, card)
             expert.verify()
             return expert
+        config["base_model_name_or_path"] = None  # the card says it, with the fingerprint
         record = _read_json(folder / CARD_FILE, "the expert's card is missing")
         if record.get("schema") != SCHEMA:
             raise ExpertError(f"{folder / CARD_FILE}: schema {record.get('schema')!r}, this version reads {SCHEMA}")

@@ -39,9 +39,9 @@ class Search:
     """
 
     learning_rates: tuple[float, ...] = (3e-4, 1e-3)
-    steps: int = 20
-    eval_every: int = 10
-    folds: int = 4
+    steps: int = 40
+    eval_every: int = 20
+    folds: int = 2
     fold_seed: int = 0
     batch_size: int = 16
     alpha_learning_rate: float = 0.0
@@ -65,12 +65,14 @@ class CrossFit:
 
     Attributes:
         curves: learning rate → step → calibrated log-loss over the held-out examples of all folds.
+        losses: the best cell's loss per held-out example; the order is the same for every start.
     """
 
     learning_rate: float
     steps: int
     loss: float
     curves: Mapping[float, Mapping[int, float]] = field(default_factory=dict)
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def cross_fit(
@@ -97,30 +99,32 @@ def cross_fit(
     means: dict[float, dict[int, float]] = {}
     for (r, s), values in losses.items():
         means.setdefault(r, {})[s] = float(values.mean())
-    return CrossFit(rate, step, means[rate][step], means)
+    return CrossFit(rate, step, means[rate][step], means, losses[rate, step])
 
 
 def choose_cell(losses: Mapping[tuple[float, int], Tensor], warm: bool) -> tuple[float, int]:
     """Learning rate and steps, given that a few dozen held-out examples seldom tell the cells of the grid apart.
 
-    Among the cells whose loss is within one (paired) standard error of the best, take the longest runs, since the refit has
-    more examples than a fold had. Of these, a start from scratch takes the rate of the lowest loss; a *warm* start, from
-    experts of other tasks, the lowest rate: a hot one erases what they know faster than a few shots can show.
+    All cells whose loss is within one (paired) standard error of the best are as good as the best. A *warm* start, from
+    experts of other tasks, takes the lowest rate among them: a hot one erases what they know faster than a few shots can
+    show. A start from scratch has nothing to lose and takes the best rate. Either takes the most steps that remain, since
+    the refit has more examples than a fold had.
 
     Args:
         losses: (learning rate, steps) → per-example held-out loss, all over the same examples.
     """
     best = min(losses, key=lambda cell: (float(losses[cell].mean()), cell))
 
-    def close(cell: tuple[float, int]) -> bool:
-        difference = losses[cell] - losses[best]
-        standard_error = float(difference.std()) / math.sqrt(len(difference))
-        return float(difference.mean()) <= standard_error
-
-    cells = [cell for cell in losses if cell == best or close(cell)]
+    cells = [cell for cell in losses if within_one_standard_error(losses[cell], losses[best])]
     if warm:
         return min(cells, key=lambda cell: (cell[0], -cell[1]))
     return min(cells, key=lambda cell: (-cell[1], float(losses[cell].mean()), cell[0]))
+
+
+def within_one_standard_error(losses: Tensor, best: Tensor) -> bool:
+    """Whether the paired difference of two per-example losses is no larger than its standard error."""
+    difference = losses - best
+    return float(difference.mean()) <= float(difference.std()) / math.sqrt(len(difference))
 
 
 def _fold_curve(

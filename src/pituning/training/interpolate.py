@@ -23,7 +23,7 @@ from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import attached, config_dict, initial_tensors
 from pituning.methods.presets import make_config
 from pituning.tasks.task import Task
-from pituning.training.crossfit import CrossFit, Search, Start, cross_fit
+from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_one_standard_error
 from pituning.training.evaluation import mean_log_loss
 from pituning.training.train_expert import fold_experts
 from pituning.training.trainer import fit, settings_dict
@@ -189,8 +189,13 @@ class Choice:
 
     @property
     def best(self) -> int:
-        """Index of the candidate with the lowest cross-fitted log-loss."""
-        return min(range(len(self.found)), key=lambda i: self.found[i].loss)
+        """Index of the chosen candidate: the first whose cross-fitted loss is within one standard error of the lowest.
+
+        The order is that of our prior: a blend varies less from draw to draw than any single expert, so it takes evidence
+        beyond the noise of the held-out shots to prefer a warm start from one of them, or the own expert.
+        """
+        lowest = min(self.found, key=lambda f: f.loss)
+        return next(i for i, f in enumerate(self.found) if within_one_standard_error(f.losses, lowest.losses))
 
     def candidates(self) -> tuple[Candidate, ...]:
         """What was compared, with the figures."""

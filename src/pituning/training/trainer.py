@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -261,5 +260,3 @@ def settings_dict(settings: TrainSettings) -> dict[str, Any]:
     """Settings as plain values, for an expert's card."""
     return asdict(settings)
 
-
-warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true.*", category=UserWarning)
