@@ -124,10 +124,10 @@ class TestLoadTask:
 
 class TestFromFiles:
     def test_pairs_in_every_format(self, tmp_path: Path) -> None:
-        (tmp_path / "a.jsonl").write_text('{"q": "who?", "a": "me {x}", "y": true}\n')
-        (tmp_path / "b.csv").write_text('q,a,y\n"one, two",three,False\n')
+        (tmp_path / "a.jsonl").write_text('{"q": "who?", "a": "me {x}", "y": 1}\n')
+        (tmp_path / "b.csv").write_text('q,a,y\n"one, two",three,0\n')
         files = {"train": tmp_path / "a.jsonl", "test": str(tmp_path / "b.csv")}
-        task = task_from_files("mine", files, {"True": "yes", "False": "no"}, texts=["q", "a"], label="y")
+        task = task_from_files("mine", files, {"1": "yes", "0": "no"}, texts=["q", "a"], label="y")
         (train,), (test,) = task.split("train"), task.split("test")
         assert (train.texts, train.target, train.prompt) == (("who?", "me {x}"), "yes", "who?\nme {x}")
         assert (test.texts, test.target, test.label) == (("one, two", "three"), "no", 1)

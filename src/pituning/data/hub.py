@@ -18,8 +18,13 @@ def rows_from_dataset(dataset: Any, columns: Sequence[str], where: str) -> list[
     missing = [c for c in columns if c not in dataset.column_names]
     if missing:
         raise DataError(f"{where}: no column {missing[0]!r}; there are {', '.join(dataset.column_names)}")
-    picked = dataset.select_columns(list(columns))
-    return [(f"{where}[{i}]", {c: str(row[c]) for c in columns}) for i, row in enumerate(picked)]
+    rows = []
+    for index, row in enumerate(dataset.select_columns(list(columns))):
+        empty = [c for c in columns if row[c] is None]
+        if empty:
+            raise DataError(f"{where}[{index}]: column {empty[0]!r} is empty")
+        rows.append((f"{where}[{index}]", {c: str(row[c]) for c in columns}))
+    return rows
 
 
 def load_hub_split(path: str, name: str | None, split: str, columns: Sequence[str]) -> list[Row]:

@@ -37,6 +37,8 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
             rows.append((f"{path}:{line}", {c: values[c] for c in columns}))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error})") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: not a readable CSV file ({error})") from error
     return rows
 
 
@@ -69,4 +71,4 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 raise DataError(f"{path}:{number}: not a JSON object ({error.msg})") from error
             if not isinstance(values, dict):
                 raise DataError(f"{path}:{number}: expected a JSON object, found {type(values).__name__}")
-            yield number, {str(k): str(v) for k, v in values.items()}
+            yield number, {str(k): str(v) for k, v in values.items() if v is not None}

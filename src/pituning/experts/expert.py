@@ -167,6 +167,8 @@ class Expert:
         values = {k: v for k, v in record.items() if k in known}
         for key in ("choices", "lineage"):
             values[key] = tuple(values.get(key, ()))
+        if not isinstance(values.get("name"), str):
+            raise ExpertError(f"{folder / CARD_FILE}: the card has no name")
         return cls(tensors, config, ExpertCard(**values))
 
 

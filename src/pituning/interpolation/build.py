@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pituning.errors import ExpertError, RefusedError
 from pituning.experts.expert import Expert
-from pituning.interpolation.mixture import LowRank, Mixture, ParameterMixture, ProductMixture
+from pituning.interpolation.mixture import TRAIN_MODES, LowRank, Mixture, ParameterMixture, ProductMixture
 
 GRANULARITIES = ("model", "layer", "module", "tensor")
 _PREFIX = "base_model.model."
@@ -79,6 +80,10 @@ def build_mixture(
     """
     if not experts:
         raise RefusedError("an interpolation needs at least one expert")
+    if train not in TRAIN_MODES:
+        raise RefusedError(f"train must be one of {', '.join(TRAIN_MODES)}, not {train!r}")
+    if temperature <= 0:
+        raise RefusedError(f"temperature must be positive, not {temperature}")
     _require_compatible(experts)
     names = group_names(experts, granularity)
     rows = _weight_rows(weights, len(names), experts)
@@ -207,6 +212,12 @@ def _require_compatible(experts: Sequence[Expert]) -> None:
         return
     shapes = {k: tuple(t.shape) for k, t in first.tensors.items()}
     for other in experts[1:]:
+        if first.card.init_hash and other.card.init_hash and first.card.init_hash != other.card.init_hash:
+            warnings.warn(
+                f"experts {first.name!r} and {other.name!r} started from different initialisations: their hidden units may "
+                "be in different orders, and an average of them may mean little",
+                stacklevel=3,
+            )
         found = {k: tuple(t.shape) for k, t in other.tensors.items()}
         for key in sorted(shapes.keys() | found.keys()):
             if shapes.get(key) != found.get(key):

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pituning.backbones.base import Backbone
@@ -57,8 +59,13 @@ def attached(
         # transformers 5.23 deprecates an attribute that PEFT 0.21 still asks for on every get_peft_model.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         torch.manual_seed(_init_seed(backbone, config))
-        peft_model = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
+        try:
+            peft_model = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            _strip(backbone)
+            raise ExpertError(f"method {config.peft_type} cannot be put on backbone {backbone.name!r}: {error}") from error
     try:
+        backbone.model.eval()
         live = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
         keys = {name: _file_key(name) for name in live}
         parameters = {keys[name]: p for name, p in live.items()}
@@ -75,13 +82,28 @@ def attached(
         backbone.model.requires_grad_(False).eval()
 
 
+def _strip(backbone: Backbone) -> None:
+    """Take out what a failed injection has left: PEFT replaces one module after the other and raises in between."""
+    for name, module in list(backbone.model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            backbone.model.set_submodule(name, module.get_base_layer())
+    if hasattr(backbone.model, "peft_config"):
+        del backbone.model.peft_config
+    backbone.model.requires_grad_(False).eval()
+
+
 def peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
     """A fresh PEFT configuration object; attaching one never changes the caller's."""
     import pituning.methods.bottleneck  # noqa: F401 - enters our methods into PEFT's tables
 
     settings = config_dict(config) if isinstance(config, PeftConfig) else dict(config)
     settings["inference_mode"] = False
-    return PeftConfig.from_peft_type(**settings)
+    if settings.get("peft_type") not in set(PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise ExpertError(f"adapter configuration has peft_type {settings.get('peft_type')!r}, which PEFT does not know")
+    try:
+        return PeftConfig.from_peft_type(**settings)
+    except (ValueError, TypeError) as error:
+        raise ExpertError(f"the adapter configuration is not valid: {error}") from error
 
 
 def config_dict(config: PeftConfig) -> dict[str, Any]:
@@ -119,7 +141,8 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, T
 
 
 def _init_seed(backbone: Backbone, config: PeftConfig) -> int:
-    text = backbone.fingerprint + json.dumps(config_dict(config), sort_keys=True)
+    settings = {k: v for k, v in config_dict(config).items() if k != "peft_version"}
+    text = backbone.fingerprint + json.dumps(settings, sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 

@@ -40,6 +40,8 @@ def make_config(method: str, backbone: Backbone, **overrides: Any) -> PeftConfig
     unknown = sorted(set(settings) - set(config_type.__dataclass_fields__))
     if unknown:
         raise PituningError(f"method {method!r} has no setting {', '.join(unknown)}")
+    if settings["r"] < 1:
+        raise PituningError(f"method {method!r}: r must be at least 1, not {settings['r']}")
     if not settings["target_modules"]:
         raise PituningError(
             f"method {method!r} finds no module to adapt in backbone {backbone.name!r}; give target_modules=[...]"

@@ -48,7 +48,8 @@ class FisherEstimate:
 
     def split_half(self) -> float:
         """Mean over tensors of the cosine between the two halves; 1 where every tensor has settled."""
-        cosines = [F.cosine_similarity(self.even[k].flatten(), self.odd[k].flatten(), dim=0) for k in self.even]
+        alive = [k for k in self.even if self.even[k].any() or self.odd[k].any()]
+        cosines = [F.cosine_similarity(self.even[k].flatten(), self.odd[k].flatten(), dim=0) for k in alive]
         return float(torch.stack(cosines).mean()) if cosines else 0.0
 
 

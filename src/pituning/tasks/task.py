@@ -86,6 +86,11 @@ class TaskDefinition:
     hub: tuple[str, str | None] | None = None
     hub_splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
 
+    def __post_init__(self) -> None:
+        twice = [text for text in self.labels.values() if list(self.labels.values()).count(text) > 1]
+        if twice:
+            raise DataError(f"task {self.name!r}: two labels have the same text {twice[0]!r}; they could not be told apart")
+
     def examples(self, rows: Sequence[Row], split: str) -> tuple[Example, ...]:
         """Turn rows into examples.
 
@@ -176,7 +181,7 @@ def task_from_files(
         prompt: template for generative backbones; the inputs one below the other by default.
     """
     template = prompt or "\n".join("{" + c + "}" for c in texts)
-    definition = TaskDefinition(name, dict(labels), tuple(texts), label, template)
+    definition = TaskDefinition(name, {str(k): v for k, v in labels.items()}, tuple(texts), label, template)
     columns = [*texts, label]
     splits = {split: definition.examples(read_table(Path(path), columns), split) for split, path in files.items()}
     return Task(name, tuple(definition.labels.values()), splits)
@@ -193,7 +198,7 @@ def task_from_datasets(
 ) -> Task:
     """A task from `datasets.Dataset` objects, one per split; arguments as in :func:`task_from_files`."""
     template = prompt or "\n".join("{" + c + "}" for c in texts)
-    definition = TaskDefinition(name, dict(labels), tuple(texts), label, template)
+    definition = TaskDefinition(name, {str(k): v for k, v in labels.items()}, tuple(texts), label, template)
     splits = {
         split: definition.examples(rows_from_dataset(data, [*texts, label], f"{name}:{split}"), split)
         for split, data in datasets.items()

@@ -72,7 +72,7 @@ class CrossFit:
     steps: int
     loss: float
     curves: Mapping[float, Mapping[int, float]] = field(default_factory=dict)
-    losses: Tensor = field(default_factory=lambda: torch.zeros(0))
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0), compare=False, repr=False)
 
 
 def cross_fit(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,7 +24,18 @@ class MixtureModel(nn.Module):
     def __init__(self, site: Attached, mixture: Mixture) -> None:
         super().__init__()
         self.mixture = mixture
-        self._outside = _Outside(_Caller(site.backbone), {k: f"model.{n}" for k, n in site.live_names.items()})
+        self._outside = _Outside(
+            _Caller(site.backbone),
+            {k: f"model.{n}" for k, n in site.live_names.items()},
+            [m for layer in site.peft_model.modules() if isinstance(layer, BaseTunerLayer) for m in _dropouts(layer)],
+        )
+
+    def train(self, mode: bool = True) -> MixtureModel:
+        """Training mode for the expert's own dropout; the backbone always stays in eval mode."""
+        super().train(mode)
+        for module in self._outside.dropouts:
+            module.train(mode)
+        return self
 
     def forward(self, **batch: Any) -> Tensor:
         """Per-example loss, shape ``[batch]``."""
@@ -65,6 +77,14 @@ class _Caller(nn.Module):
 class _Outside:
     """Holds modules where ``nn.Module`` does not look for sub-modules."""
 
-    def __init__(self, caller: _Caller, names: dict[str, str]) -> None:
+    def __init__(self, caller: _Caller, names: dict[str, str], dropouts: list[nn.Module]) -> None:
         self.caller = caller
         self.names = names
+        self.dropouts = dropouts
+
+
+def _dropouts(layer: Any) -> Iterator[nn.Module]:
+    """Dropout modules of a tuner layer, but none of the base layer it wraps."""
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Dropout) and not name.startswith("base_layer"):
+            yield module

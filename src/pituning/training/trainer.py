@@ -203,6 +203,7 @@ class _History(TrainerCallback):
             return
         from pituning.training.evaluation import log_loss, log_probabilities
 
+        self.trainer.model.eval()  # the trainer goes back to training mode by itself
         log_p = log_probabilities(self.trainer.backbone, self.examples, self.trainer.model)
         loss = log_loss(log_p, self.examples)
         self.held_out[step], self.held_out_log_p[step] = loss, log_p

@@ -1,0 +1,134 @@
+"""Accuracy and log-loss against counting by hand, one example at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pituning.backbones.base import Backbone
+from pituning.errors import BackboneMismatchError, DataError, ExpertError, UnknownNameError
+from pituning.example import Example
+from pituning.experts import Expert
+from pituning.methods import attached
+from pituning.training.evaluation import calibrated_losses, evaluate, log_loss, log_probabilities
+from pituning.training.module import running
+
+
+def by_hand(backbone: Backbone, examples: Any) -> np.ndarray:
+    """log p(choice | input) from the loss of every choice as the target, one example at a time."""
+    rows = []
+    for example in examples:
+        losses = [backbone.loss(backbone.collate([replace(example, target=c)]))[0] for c in example.choices]
+        scores = -torch.stack(losses).detach().double().numpy()
+        rows.append(scores - np.log(np.exp(scores).sum()))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("family", ["encoder", "seq2seq"])
+@pytest.mark.parametrize("method", ["lora", "bottleneck", None])
+def test_metrics_are_those_counted_by_hand(
+    backbone_of: Any, random_expert: Any, make_task: Any, family: str, method: str | None
+) -> None:
+    backbone, task = backbone_of(family), make_task(tests=11)
+    expert = random_expert(backbone, method, 1, name="mine") if method else None
+    examples = task.split("test")
+    if expert is None:
+        rows = by_hand(backbone, examples)
+    else:
+        with attached(backbone, expert.config, expert.tensors):
+            rows = by_hand(backbone, examples)
+    truth = np.array([task.choices.index(e.target) for e in examples])
+    found = evaluate(backbone, expert, task)
+    assert found.predictions == tuple(rows.argmax(1))
+    assert found.value == found.metrics["accuracy"] == pytest.approx((rows.argmax(1) == truth).mean())
+    assert 0 < found.value < 1, "the example must not be trivial"
+    assert found.metrics["log-loss"] == pytest.approx(-rows[np.arange(11), truth].mean(), rel=1e-5)
+    name = "mine" if expert else f"{backbone.name} (zero-shot)"
+    assert str(found).startswith(f"{name} on target/test (11 examples): accuracy {found.value:.4f}, log-loss ")
+
+
+def test_other_metrics(bert: Backbone, random_expert: Any, make_task: Any) -> None:
+    expert = random_expert(bert, "bottleneck", 2, scale=0.4)
+    task = make_task(tests=25)
+    found = evaluate(bert, expert, replace(task, metric="macro-F1"))
+    truth = np.array([e.label for e in task.split("test")])
+    predictions = np.array(found.predictions)
+    scores = []
+    for c in range(3):
+        hit = ((predictions == c) & (truth == c)).sum()
+        scores.append(2 * hit / max(1, (predictions == c).sum() + (truth == c).sum()))
+    assert found.value == pytest.approx(np.mean(scores))
+    with pytest.raises(UnknownNameError, match="unknown metric 'acuracy': did you mean 'accuracy'"):
+        evaluate(bert, expert, replace(task, metric="acuracy"))
+
+
+def test_batches_and_lengths_do_not_matter(bert: Backbone, random_examples: Any) -> None:
+    examples = random_examples(13, 3)
+    rows = log_probabilities(bert, examples)
+    torch.testing.assert_close(rows, torch.tensor(by_hand(bert, examples)).float(), rtol=1e-4, atol=1e-5)
+    for size in (1, 4):
+        torch.testing.assert_close(log_probabilities(bert, examples, batch_size=size), rows, rtol=1e-5, atol=1e-5)
+    turned = log_probabilities(bert, examples[::-1])
+    torch.testing.assert_close(turned.flip(0), rows, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixture_is_scored_as_its_expert(
+    bert: Backbone, random_expert: Any, random_examples: Any, make_task: Any
+) -> None:
+    from pituning.interpolation import build_mixture
+
+    expert, examples = random_expert(bert, "lora", 4), random_examples(7, 4)
+    with attached(bert, expert.config, expert.tensors):
+        expected = log_probabilities(bert, examples)
+    mixture, config = build_mixture([expert], train="none")
+    with running(bert, mixture, config) as model:
+        assert torch.equal(log_probabilities(bert, examples, model), expected)
+
+
+def test_a_limit_and_a_split(bert: Backbone, random_expert: Any, make_task: Any) -> None:
+    task, expert = make_task(tests=20), random_expert(bert, "lora", 5)
+    assert len(evaluate(bert, expert, task, limit=6).predictions) == 6
+    assert len(evaluate(bert, expert, task, "train").predictions) == 12
+    with pytest.raises(DataError, match="no examples in split 'dev'; it has train \\(12\\), test \\(20\\)"):
+        evaluate(bert, expert, task, "dev")
+
+
+def test_experts_that_do_not_fit(bert: Backbone, t5: Backbone, random_expert: Any, make_task: Any) -> None:
+    with pytest.raises(BackboneMismatchError):
+        evaluate(bert, random_expert(t5), make_task())
+    broken = Expert({}, random_expert(bert).config, random_expert(bert).card)
+    with pytest.raises(ExpertError, match="missing tensor"):
+        evaluate(bert, broken, make_task())
+
+
+class TestCalibration:
+    def examples(self, truth: list[int]) -> list[Example]:
+        return [Example(str(i), ("x",), "x", "abc"[t], ("a", "b", "c")) for i, t in enumerate(truth)]
+
+    def test_one_temperature_is_the_best_of_a_fine_grid(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        log_p = torch.log_softmax(4 * torch.randn(30, 3, generator=generator, dtype=torch.float64), 1)
+        truth = [int(row.argmax()) if i % 4 else (i // 4) % 3 for i, row in enumerate(log_p)]
+        found = calibrated_losses(log_p, self.examples(truth))
+        grid = np.exp(np.linspace(-2, 4, 6001))
+        rows = log_p.numpy()[None] / grid[:, None, None]
+        rows = rows - np.log(np.exp(rows).sum(2, keepdims=True))
+        slow = -rows[:, np.arange(30), truth]
+        best = slow.mean(1).argmin()
+        assert 0 < best < 6000, "the optimum must lie inside"
+        assert float(found.mean()) == pytest.approx(slow.mean(1)[best], rel=1e-5)
+        np.testing.assert_allclose(found.numpy(), slow[best], rtol=0.01, atol=1e-3)
+
+    def test_overconfidence_alone_costs_nothing(self) -> None:
+        log_p = torch.log_softmax(torch.randn(20, 3, generator=torch.Generator().manual_seed(1)).double(), 1)
+        truth = torch.multinomial(log_p.exp(), 1, generator=torch.Generator().manual_seed(2)).flatten().tolist()
+        examples = self.examples(truth)
+        sharp = torch.log_softmax(5 * log_p, 1)
+        assert log_loss(sharp, examples) > 1.1 * log_loss(log_p, examples)
+        torch.testing.assert_close(
+            calibrated_losses(sharp, examples), calibrated_losses(log_p, examples), rtol=1e-3, atol=1e-3
+        )

@@ -1,0 +1,347 @@
+"""One training loop for experts and interpolations: plain AdamW, resumable, and blind to everything frozen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pituning.backbones.base import Backbone
+from pituning.errors import DataError, ExpertError
+from pituning.experts import Expert
+from pituning.interpolation import Mixture, build_mixture
+from pituning.methods import attached, initial_tensors, make_config
+from pituning.training.trainer import MixtureTrainer, TrainSettings, fit, settings_dict
+
+PREFIX = "base_model.model."
+PLAIN = TrainSettings(learning_rate=1e-2, steps=3, batch_size=16, schedule="constant", warmup=0.0, max_grad_norm=0.0)
+BATCHES = TrainSettings(learning_rate=1e-2, alpha_learning_rate=5e-2, steps=10, batch_size=4)
+
+
+class Killed(Exception):
+    """Stands in for a process that dies."""
+
+
+@contextmanager
+def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Training dies in the middle of step ``steps + 1``."""
+    compute, count = MixtureTrainer.compute_loss, [0]
+
+    def dies(self: MixtureTrainer, *arguments: Any, **options: Any) -> Tensor:
+        if count[0] == steps:
+            raise Killed
+        count[0] += 1
+        return compute(self, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MixtureTrainer, "compute_loss", dies)
+        yield
+
+
+def make(backbone: Backbone, experts: list[Expert], train: str) -> tuple[Mixture, dict[str, Any]]:
+    initial = None
+    if train == "shared" and experts[0].config["peft_type"] == "LORA":
+        modules = sorted({k.removeprefix(PREFIX).split(".lora_")[0] for e in experts for k in e.tensors})
+        initial = initial_tensors(backbone, make_config("lora", backbone, r=2, target_modules=modules))
+    return build_mixture(experts, train=train, initial=initial)
+
+
+def state(mixture: Mixture) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in mixture.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["encoder", "seq2seq"])
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_one_expert_is_plain_fine_tuning(
+    backbone_of: Any, random_expert: Any, random_examples: Any, distance: Any, family: str, method: str
+) -> None:
+    """Three full-batch steps of AdamW on the parameters that PEFT itself attached, in float64."""
+    backbone = backbone_of(family, torch.float64)
+    expert, examples = random_expert(backbone, method, 1), random_examples(6, 1)
+    with attached(backbone, expert.config, expert.tensors) as site:
+        optimizer = torch.optim.AdamW(site.parameters.values(), lr=1e-2, weight_decay=0.1)
+        batch = backbone.collate(examples)
+        for _ in range(3):
+            optimizer.zero_grad()
+            backbone.loss(batch).mean().backward()
+            optimizer.step()
+        expected = {k: p.detach().clone() for k, p in site.parameters.items()}
+    mixture, config = build_mixture([expert], train="experts")
+    result = fit(backbone, mixture, config, examples, PLAIN.with_(weight_decay=0.1))
+    assert result.steps == 3
+    for key, tensor in mixture().items():
+        assert distance(tensor, expected[key]) < 1e-7, key
+        assert distance(tensor, expert.tensors[key]) > 1e-4, f"{key} must have moved"
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e6])
+def test_gradients_are_clipped_by_their_norm(
+    backbone_of: Any, random_expert: Any, random_examples: Any, clip: float
+) -> None:
+    backbone = backbone_of("encoder", torch.float64)
+    expert, examples = random_expert(backbone, "lora", 2), random_examples(6, 2)
+    settings = PLAIN.with_(steps=2, max_grad_norm=clip)
+    seen = []
+    with attached(backbone, expert.config, expert.tensors) as site:
+        parameters = list(site.parameters.values())
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            backbone.loss(backbone.collate(examples)).mean().backward()
+            norm = torch.sqrt(sum((p.grad**2).sum() for p in parameters))
+            seen.append(float(norm))
+            for parameter in parameters:
+                parameter.grad *= min(1.0, clip / (float(norm) + 1e-6))
+            optimizer.step()
+        expected = {k: p.detach().clone() for k, p in site.parameters.items()}
+    assert all(norm > 0.05 for norm in seen), "the small clip must bite"
+    mixture, config = build_mixture([expert], train="experts")
+    fit(backbone, mixture, config, examples, settings)
+    for key, tensor in mixture().items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+@pytest.mark.parametrize(
+    ("train", "free"),
+    [
+        ("experts", ("alpha", "experts", "a.", "b.")),
+        ("shared", ("alpha", "delta")),
+        ("weights", ("alpha",)),
+        ("none", ()),
+    ],
+)
+def test_only_what_the_mode_trains_moves(
+    bert: Backbone, random_experts: Any, random_examples: Any, method: str, train: str, free: tuple[str, ...]
+) -> None:
+    mixture, config = make(bert, random_experts(bert, method, 3, 3), train)
+    before, backbone = state(mixture), {k: v.clone() for k, v in bert.model.state_dict().items()}
+    result = fit(bert, mixture, config, random_examples(8, 3), BATCHES.with_(steps=3))
+    after = state(mixture)
+    for name, tensor in before.items():
+        moved = not torch.equal(after[name], tensor)
+        assert moved == name.startswith(free), name
+    assert result.steps == (3 if free else 0)
+    assert backbone.keys() == bert.model.state_dict().keys()
+    assert all(torch.equal(v, backbone[k]) for k, v in bert.model.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in bert.model.parameters())
+
+
+def test_alpha_has_its_own_learning_rate_and_no_decay(bert: Backbone, random_experts: Any, random_examples: Any) -> None:
+    moved = {}
+    for rate, alpha in ((0.0, 0.0), (1e-2, 0.0), (0.0, 1e-2)):
+        mixture, config = build_mixture(random_experts(bert, "bottleneck", 2, 4), [0.3, 0.7], train="experts")
+        before = state(mixture)
+        settings = BATCHES.with_(learning_rate=rate, alpha_learning_rate=alpha, steps=2, weight_decay=0.5)
+        fit(bert, mixture, config, random_examples(8, 4), settings)
+        moved[rate, alpha] = {n.split(".")[0] for n, p in state(mixture).items() if not torch.equal(p, before[n])}
+    assert moved == {(0.0, 0.0): set(), (1e-2, 0.0): {"experts"}, (0.0, 1e-2): {"alpha"}}
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_the_only_weight_of_a_single_expert_is_not_trained(
+    bert: Backbone, random_expert: Any, random_examples: Any, method: str
+) -> None:
+    """``train="weights"`` with K = 1: softmax of one number is 1 whatever the number, so nothing can be learned."""
+    expert = random_expert(bert, method, 5)
+    mixture, config = build_mixture([expert], train="weights")
+    fit(bert, mixture, config, random_examples(8, 5), BATCHES.with_(steps=2))
+    assert all(torch.equal(mixture()[k], t) for k, t in expert.tensors.items())
+
+
+class TestResume:
+    def runs(
+        self, backbone: Backbone, experts: list[Expert], train: str, examples: Any, settings: TrainSettings, folder: Path,
+        monkeypatch: pytest.MonkeyPatch, after: int = 5, held_out: Any = (),
+    ) -> tuple[Mixture, Mixture]:  # fmt: skip
+        """The same run uninterrupted, and killed after some steps and resumed."""
+        whole, config = make(backbone, experts, train)
+        fit(backbone, whole, config, examples, settings, folder=folder / "whole", held_out=held_out)
+        dead, config = make(backbone, experts, train)
+        with killed_after(after, monkeypatch):
+            fit(backbone, dead, config, examples, settings, folder=folder / "part", held_out=held_out)
+        resumed, config = make(backbone, experts, train)
+        count: list[int] = []
+        compute = MixtureTrainer.compute_loss
+
+        def counted(self: MixtureTrainer, *arguments: Any, **options: Any) -> Tensor:
+            count.append(1)
+            return compute(self, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MixtureTrainer, "compute_loss", counted)
+            result = fit(
+                backbone, resumed, config, examples, settings, folder=folder / "part", resume=True, held_out=held_out
+            )
+        assert result.steps == settings.steps
+        assert len(count) < (settings.steps or 0), "the run must go on from its checkpoint"
+        return whole, resumed
+
+    @pytest.mark.parametrize("method", ["lora", "bottleneck"])
+    @pytest.mark.parametrize("train", ["experts", "shared", "weights"])
+    def test_ends_where_an_uninterrupted_run_ends(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, method: str, train: str,
+    ) -> None:  # fmt: skip
+        experts, examples = random_experts(bert, method, 2, 6), random_examples(10, 6)
+        whole, resumed = self.runs(bert, experts, train, examples, BATCHES, tmp_path, monkeypatch)
+        start = state(make(bert, experts, train)[0])
+        assert any(not torch.equal(p, start[n]) for n, p in state(whole).items())
+        for name, parameter in state(whole).items():
+            torch.testing.assert_close(state(resumed)[name], parameter, rtol=0, atol=0, msg=name)
+
+    def test_remembers_the_best_state_before_the_kill(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A rate that only does harm: the best state is an early one, and the resumed run must end with it, too."""
+        experts, examples = random_experts(bert, "bottleneck", 2, 7), random_examples(10, 7)
+        settings = BATCHES.with_(learning_rate=3.0, keep_best=True, eval_every=2, schedule="constant", warmup=0.0)
+        held_out = random_examples(9, 107, prefix="held")
+        whole, resumed = self.runs(bert, experts, "experts", examples, settings, tmp_path, monkeypatch, 7, held_out)
+        for name, parameter in state(whole).items():
+            torch.testing.assert_close(state(resumed)[name], parameter, rtol=0, atol=0, msg=name)
+
+    def test_without_a_checkpoint_starts_from_the_beginning(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+    ) -> None:
+        experts, examples = random_experts(bert, "bottleneck", 2, 8), random_examples(8, 8)
+        first, config = make(bert, experts, "experts")
+        fit(bert, first, config, examples, BATCHES.with_(steps=2))
+        second, config = make(bert, experts, "experts")
+        fit(bert, second, config, examples, BATCHES.with_(steps=2), folder=tmp_path / "new", resume=True)
+        assert all(torch.equal(p, state(second)[n]) for n, p in state(first).items())
+
+    def test_a_checkpoint_of_another_mixture_is_refused(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+    ) -> None:
+        examples = random_examples(8, 9)
+        mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 9), "experts")
+        fit(bert, mixture, config, examples, BATCHES.with_(steps=5), folder=tmp_path)
+        other, config = make(bert, random_experts(bert, "bottleneck", 3, 9), "experts")
+        with pytest.raises(ExpertError, match=r"tensor mixture\.alpha has shape \[\d+, 2\], expected \[\d+, 3\]"):
+            fit(bert, other, config, examples, BATCHES.with_(steps=6), folder=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+@pytest.mark.parametrize("train", ["experts", "shared", "weights"])
+def test_checkpoints_hold_the_trained_tensors_and_nothing_else(
+    bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path, method: str, train: str
+) -> None:
+    mixture, config = make(bert, random_experts(bert, method, 2, 10), train)
+    fit(bert, mixture, config, random_examples(8, 10), BATCHES.with_(steps=5), folder=tmp_path)
+    free = {n: p for n, p in mixture.named_parameters() if p.requires_grad}
+    checkpoints = sorted(tmp_path.glob("checkpoint-*"))
+    assert 1 <= len(checkpoints) <= 2
+    last = max(checkpoints, key=lambda p: int(p.name.split("-")[1]))
+    saved = safetensors.torch.load_file(last / "mixture.safetensors")
+    assert saved.keys() == {f"mixture.{n}" for n in free}
+    assert all(torch.equal(saved[f"mixture.{n}"], p) for n, p in free.items())
+    weights = [p.name for p in last.iterdir() if p.suffix in (".safetensors", ".bin") or "model" in p.name]
+    assert sorted(weights) == ["mixture.safetensors", "training_args.bin"]
+    optimizer = torch.load(last / "optimizer.pt", weights_only=True)
+    held = sum(v.numel() for s in optimizer["state"].values() for k, v in s.items() if k != "step")
+    assert held == 2 * sum(p.numel() for p in free.values()), "two moments per trained number"
+    state_file = json.loads((last / "trainer_state.json").read_text())
+    assert state_file["global_step"] == 5
+
+
+def test_nothing_is_written_without_a_folder(
+    bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mixture, config = make(bert, random_experts(bert, "lora", 2, 11), "experts")
+    fit(bert, mixture, config, random_examples(8, 11), BATCHES.with_(steps=3))
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_seed_orders_the_examples(bert: Backbone, random_experts: Any, random_examples: Any) -> None:
+    ends = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(torch.seed() % 1000)
+        mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 12), "experts")
+        fit(bert, mixture, config, random_examples(10, 12), BATCHES.with_(steps=4, seed=seed))
+        ends.append(state(mixture))
+    assert all(torch.equal(p, ends[1][n]) for n, p in ends[0].items()), "the same seed, the same bits"
+    assert any(not torch.equal(p, ends[2][n]) for n, p in ends[0].items()), "another seed, another order"
+
+
+class TestHeldOut:
+    def by_hand(self, backbone: Backbone, mixture: Mixture, config: dict[str, Any], examples: Any, loss: Any) -> float:
+        """Mean −log p(right choice) of whatever the mixture is now."""
+        return float(torch.cat([loss(backbone, mixture, config, [e]) for e in examples]).mean())
+
+    def test_is_measured_before_along_and_after(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, mixture_loss: Any
+    ) -> None:
+        held_out = random_examples(7, 113, prefix="held")
+        mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 13), "experts")
+        first = self.by_hand(bert, mixture, config, held_out, mixture_loss)
+        settings = BATCHES.with_(steps=6, eval_every=2)
+        result = fit(bert, mixture, config, random_examples(8, 13), settings, held_out=held_out)
+        assert list(result.held_out) == [0, 2, 4, 6]
+        assert result.held_out[0] == pytest.approx(first, rel=1e-5)
+        assert result.held_out[6] == pytest.approx(self.by_hand(bert, mixture, config, held_out, mixture_loss), rel=1e-5)
+        assert result.held_out[result.best_step] == min(result.held_out.values())
+
+    def test_measuring_changes_nothing(self, bert: Backbone, random_experts: Any, random_examples: Any) -> None:
+        ends = []
+        for held_out in ((), random_examples(5, 114, prefix="held")):
+            mixture, config = make(bert, random_experts(bert, "lora", 2, 14), "experts")
+            settings = BATCHES.with_(steps=4, eval_every=1)
+            fit(bert, mixture, config, random_examples(10, 14), settings, held_out=held_out)
+            ends.append(state(mixture))
+        assert all(torch.equal(p, ends[1][n]) for n, p in ends[0].items())
+
+    def test_once_per_epoch_by_default(self, bert: Backbone, random_experts: Any, random_examples: Any) -> None:
+        mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 15), "experts")
+        settings = TrainSettings(epochs=3, batch_size=4)
+        result = fit(bert, mixture, config, random_examples(10, 15), settings, held_out=random_examples(4, 115))
+        assert result.steps == 3 * math.ceil(10 / 4)
+        assert list(result.held_out) == [0, 3, 6, 9]
+
+    def test_the_best_state_is_kept(self, bert: Backbone, random_experts: Any, random_examples: Any) -> None:
+        held_out = random_examples(9, 116, prefix="held")
+        harmful = BATCHES.with_(learning_rate=3.0, steps=4, eval_every=1, schedule="constant", warmup=0.0)
+        for keep in (True, False):
+            mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 16), "experts")
+            before = state(mixture)
+            result = fit(
+                bert, mixture, config, random_examples(8, 16), harmful.with_(keep_best=keep), held_out=held_out
+            )
+            assert result.held_out[0] < min(v for k, v in result.held_out.items() if k), "the rate must do harm"
+            assert all(torch.equal(p, before[n]) for n, p in state(mixture).items()) == keep
+
+
+def test_training_learns(bert: Backbone, random_experts: Any, random_examples: Any) -> None:
+    examples = random_examples(9, 17)
+    mixture, config = make(bert, random_experts(bert, "lora", 2, 17), "shared")
+    result = fit(bert, mixture, config, examples, BATCHES.with_(learning_rate=2e-2, steps=40), held_out=examples)
+    assert result.held_out[result.steps] < 0.5 * result.held_out[0]
+
+
+def test_no_examples_are_refused(bert: Backbone, random_experts: Any) -> None:
+    mixture, config = make(bert, random_experts(bert, "lora", 2, 18), "experts")
+    with pytest.raises(DataError, match="no examples to train on"):
+        fit(bert, mixture, config, [], BATCHES)
+
+
+def test_zero_steps_train_nothing(bert: Backbone, random_experts: Any, random_examples: Any) -> None:
+    mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 19), "experts")
+    before = state(mixture)
+    assert fit(bert, mixture, config, random_examples(4), BATCHES.with_(steps=0)).steps == 0
+    assert all(torch.equal(p, before[n]) for n, p in state(mixture).items())
+
+
+def test_settings_become_plain_values() -> None:
+    values = settings_dict(BATCHES)
+    assert json.loads(json.dumps(values)) == values
+    assert TrainSettings(**values) == BATCHES
