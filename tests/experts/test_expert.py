@@ -48,7 +48,9 @@ def test_comes_back_bit_by_bit(
     assert listing(folder) == ["README.md", CONFIG_FILE, TENSOR_FILE, CARD_FILE]
     loaded = Expert.load(folder)
     assert loaded.tensors.keys() == expert.tensors.keys()
-    assert all(torch.equal(loaded.tensors[k], t) and loaded.tensors[k].dtype == dtype for k, t in expert.tensors.items())
+    assert all(
+        torch.equal(loaded.tensors[k], t) and loaded.tensors[k].dtype == dtype for k, t in expert.tensors.items()
+    )
     assert loaded.card == expert.card
     assert loaded.config == expert.config
     assert os.listdir(tmp_path / "deep") == ["expert"], "no temporary folder stays"
@@ -56,12 +58,23 @@ def test_comes_back_bit_by_bit(
 
 def test_the_card_tells_a_stranger_how_to_load_it(bert: Backbone, random_expert: Any, tmp_path: Path) -> None:
     expert = random_expert(bert, "bottleneck", 1, name="soup").with_card(
-        backbone="org/bert", lineage=({"name": "cr", "weight": 0.25},), choices=("yes", "no"), shots=16, metrics={"m": 0.5}
+        backbone="org/bert",
+        lineage=({"name": "cr", "weight": 0.25},),
+        choices=("yes", "no"),
+        shots=16,
+        metrics={"m": 0.5},
     )
     text = (expert.save(tmp_path / "e") / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "README.md", "exec")
-    for said in ("base_model: org/bert", "library_name: peft", "| cr | 0.250 |", "`yes`; `no`", "16 labelled", "| m | 0.5000 |"):
+    for said in (
+        "base_model: org/bert",
+        "library_name: peft",
+        "| cr | 0.250 |",
+        "`yes`; `no`",
+        "16 labelled",
+        "| m | 0.5000 |",
+    ):
         assert said in text
     assert "import pituning.methods" in code
     plain = (random_expert(bert, "lora", 1).save(tmp_path / "l") / "README.md").read_text()
@@ -106,7 +119,9 @@ safetensors.torch.save_file({{k: v.contiguous() for k, v in found.items()}}, fol
 """
 
 
-def elsewhere(backbone: Backbone, experts: dict[str, Expert], batch: dict[str, Tensor], folder: Path, own: bool) -> None:
+def elsewhere(
+    backbone: Backbone, experts: dict[str, Expert], batch: dict[str, Tensor], folder: Path, own: bool
+) -> None:
     """Load saved experts in another process with PEFT alone, and compare the outputs with ours."""
     from pituning.methods import attached
 
@@ -167,7 +182,9 @@ class TestBrokenFolders:
 
     def rewrite(self, folder: Path, **changes: Tensor | None) -> None:
         """Change tensors of the file; the hash on the card is brought up to date, so that only the tensors differ."""
-        tensors = safetensors.torch.load_file(folder / TENSOR_FILE) | {f"{QUERY}.{k}.weight": t for k, t in changes.items()}
+        tensors = safetensors.torch.load_file(folder / TENSOR_FILE) | {
+            f"{QUERY}.{k}.weight": t for k, t in changes.items()
+        }
         kept = {k: t for k, t in tensors.items() if t is not None}
         safetensors.torch.save_file(kept, folder / TENSOR_FILE, metadata={"format": "pt"})
         import hashlib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def test_adding_again_replaces(pool: ExpertPool, bert: Backbone, random_expert: 
     assert all(torch.equal(pool.load("a").tensors[k], t) for k, t in other.tensors.items())
 
 
+def test_a_deleted_expert_stays_deleted(
+    pool: ExpertPool, bert: Backbone, random_expert: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that died after swapping the folders leaves the replaced version behind; it must not come back."""
+    new = random_expert(bert, "lora", 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        pool.add(new, "a")
+    assert all(torch.equal(pool.load("a").tensors[k], t) for k, t in new.tensors.items())
+    shutil.rmtree(pool.folder / "a")
+    assert pool.names() == ["b", "c"]
+
+
 def test_other_things_in_the_folder_are_not_experts(pool: ExpertPool) -> None:
     (pool.folder / "notes.txt").write_text("x")
     (pool.folder / "empty").mkdir()
@@ -61,7 +75,9 @@ def test_a_folder_that_does_not_exist_is_an_empty_pool(tmp_path: Path) -> None:
 def test_an_unknown_name_suggests_the_nearest(bert: Backbone, random_expert: Any, tmp_path: Path) -> None:
     pool = ExpertPool(tmp_path)
     pool.add(random_expert(bert), "sst2-lora")
-    with pytest.raises(UnknownNameError, match=f"unknown expert 'sst-lora': did you mean 'sst2-lora'.*pool is {tmp_path}"):
+    with pytest.raises(
+        UnknownNameError, match=f"unknown expert 'sst-lora': did you mean 'sst2-lora'.*pool is {tmp_path}"
+    ):
         pool.load("sst-lora")
 
 

@@ -70,7 +70,9 @@ def test_the_collapsed_expert_is_the_mixture(
     folded.expert.verify(backbone)
 
 
-@given(family=families, method=st.sampled_from(("lora", "bottleneck")), dtype=dtypes, count=st.integers(1, 3), seed=seeds)
+@given(
+    family=families, method=st.sampled_from(("lora", "bottleneck")), dtype=dtypes, count=st.integers(1, 3), seed=seeds
+)
 def test_saved_and_loaded_it_is_the_same_bits(
     backbone_of: Any, random_experts: Any, random_examples: Any, attached_loss: Any, tmp_path_factory: Any,
     family: str, method: str, dtype: torch.dtype, count: int, seed: int,

@@ -165,7 +165,9 @@ class TestTensorsThatDoNotFit:
         assert f"missing tensor {QUERY}.lora_A.weight [3, 16]" in text
 
     def test_extra(self, bert: Backbone, random_expert: Any, message: Any) -> None:
-        text = self.said(bert, random_expert(bert), {"base_model.model.other.lora_A.weight": torch.zeros(3, 7)}, message)
+        text = self.said(
+            bert, random_expert(bert), {"base_model.model.other.lora_A.weight": torch.zeros(3, 7)}, message
+        )
         assert "extra tensor base_model.model.other.lora_A.weight [3, 7]" in text
 
     def test_misshaped(self, bert: Backbone, random_expert: Any, message: Any) -> None:
@@ -188,7 +190,9 @@ class TestTensorsThatDoNotFit:
         assert "extra tensor" in text
 
     def test_too_many_to_list(self, bert: Backbone, random_expert: Any, message: Any) -> None:
-        text = self.said(bert, random_expert(bert), {f"base_model.model.x{i}": torch.zeros(1) for i in range(11)}, message)
+        text = self.said(
+            bert, random_expert(bert), {f"base_model.model.x{i}": torch.zeros(1) for i in range(11)}, message
+        )
         assert "… and 3 more" in text
 
     @pytest.mark.parametrize("method", METHODS)
@@ -217,7 +221,9 @@ class TestMakeConfig:
 
     def test_nothing_to_adapt(self, bert: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bert, "adaptable", lambda method: [])
-        with pytest.raises(PituningError, match="finds no module to adapt in backbone 'tiny-bert'; give target_modules"):
+        with pytest.raises(
+            PituningError, match="finds no module to adapt in backbone 'tiny-bert'; give target_modules"
+        ):
             make_config("lora", bert)
 
     @pytest.mark.parametrize("method", METHODS)
@@ -227,5 +233,8 @@ class TestMakeConfig:
 
     def test_a_configuration_without_a_type(self, bert: Backbone, random_expert: Any, message: Any) -> None:
         expert = random_expert(bert)
-        for broken in ({**expert.config, "peft_type": "LROA"}, {k: v for k, v in expert.config.items() if k != "peft_type"}):
+        for broken in (
+            {**expert.config, "peft_type": "LROA"},
+            {k: v for k, v in expert.config.items() if k != "peft_type"},
+        ):
             assert "peft_type" in message(replace(expert, config=broken).verify, bert)

@@ -82,7 +82,7 @@ def test_saves_and_loads_as_pefts_own_methods_do(tmp_path: Path) -> None:
 
 
 def test_two_adapters_live_side_by_side() -> None:
-    base, model = adapted(2)
+    _, model = adapted(2)
     x = torch.randn(4, 5, dtype=torch.float64)
     first = model(x)
     model.add_adapter("other", BottleneckConfig(r=2, target_modules=["first"], init_std=0.5))
@@ -128,7 +128,8 @@ def test_sits_where_the_paper_puts_it(bert: Backbone, t5: Backbone, random_exper
 
 def test_other_modules_than_linear_are_refused(fresh_bert_of: Callable[..., Backbone]) -> None:
     backbone = fresh_bert_of(torch.float32)
-    with pytest.raises(Exception, match=r"LayerNorm is a LayerNorm"), attached(
-        backbone, BottleneckConfig(r=2, target_modules=["LayerNorm"])
+    with (
+        pytest.raises(Exception, match=r"LayerNorm is a LayerNorm"),
+        attached(backbone, BottleneckConfig(r=2, target_modules=["LayerNorm"])),
     ):
         pass

@@ -189,11 +189,14 @@ def test_open_answers_under_the_model_are_sampled_by_the_examples_id(
     drawn: dict[str, list[str]] = {}
     generate = backbone.generate
 
+    def text(tokens: Any) -> str:
+        decoded: str = backbone.tokenizer.decode(tokens, skip_special_tokens=True)
+        return decoded
+
     def spy(batch: Any, **options: Any) -> list[str]:
         assert options["do_sample"], "an expectation under the model needs samples, not the best answer"
         answers = generate(batch, **{**options, "max_new_tokens": 5})
-        text = backbone.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
-        drawn.setdefault(text, []).extend(answers)
+        drawn.setdefault(text(batch["input_ids"][0]), []).extend(answers)
         return answers
 
     monkeypatch.setattr(backbone, "generate", spy)
@@ -201,10 +204,7 @@ def test_open_answers_under_the_model_are_sampled_by_the_examples_id(
     again = fisher_diagonal(backbone, expert, examples[::-1], labels="model", batch_size=1)
     assert len(drawn) == len(examples)
     assert all(first == second for first, second in drawn.values()), "the answer must depend on the example only"
-    answered = [
-        replace(e, target=drawn[backbone.tokenizer.decode(backbone.tokenizer(e.prompt)["input_ids"], skip_special_tokens=True)][0])
-        for e in examples
-    ]  # fmt: skip
+    answered = [replace(e, target=drawn[text(backbone.tokenizer(e.prompt)["input_ids"])][0]) for e in examples]
     expected = loop_true(backbone, expert, answered)
     assert_close(found, expected, 1e-10)
     assert_close(again, expected, 1e-10)

@@ -36,7 +36,10 @@ def embedding(fisher: dict[str, Tensor], **changes: Any) -> TaskEmbedding:
 
 def random_fisher(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(s, generator=generator) ** 2 * 10 ** torch.randn(1, generator=generator) for k, s in SHAPES.items()}
+    return {
+        k: torch.randn(s, generator=generator) ** 2 * 10 ** torch.randn(1, generator=generator)
+        for k, s in SHAPES.items()
+    }
 
 
 def cosine(a: Any, b: Any) -> float:
@@ -111,7 +114,9 @@ def test_shared_embeddings_must_share_their_point() -> None:
     with pytest.raises(ExpertError, match="different shared experts"):
         fisher_similarity(left, right)
     same = embedding(random_fisher(1), reference="shared", reference_hash="one")
-    assert fisher_similarity(left, same) == pytest.approx(by_hand(random_fisher(0), random_fisher(1), "fisher"), rel=1e-9)
+    assert fisher_similarity(left, same) == pytest.approx(
+        by_hand(random_fisher(0), random_fisher(1), "fisher"), rel=1e-9
+    )
 
 
 def golden_embeddings(case: str) -> list[TaskEmbedding]:
@@ -126,7 +131,8 @@ def golden_embeddings(case: str) -> list[TaskEmbedding]:
         prefixes = [f"{case}.t{i}." for i in range(2 if case == "two_tasks" else 3)]
         scale = 1.0
     return [
-        embedding({k.removeprefix(p): f / scale for k, f in recorded.items() if k.startswith(p)}, task=p) for p in prefixes
+        embedding({k.removeprefix(p): f / scale for k, f in recorded.items() if k.startswith(p)}, task=p)
+        for p in prefixes
     ]
 
 
@@ -156,7 +162,9 @@ def test_the_task_graph_is_the_notebooks_matrix(case: str) -> None:
 
 @needs_fixtures
 def test_what_the_notebook_skips_without_a_word_is_an_error_here(message: Any) -> None:
-    text = message(fisher_similarity, golden_embeddings("missing_component")[0], golden_embeddings("missing_component")[2])
+    text = message(
+        fisher_similarity, golden_embeddings("missing_component")[0], golden_embeddings("missing_component")[2]
+    )
     assert "encoder.layers.0.fc1.weight" in text
 
 
@@ -197,4 +205,6 @@ class TestWeights:
         wide = random_expert(bert, "bottleneck", 8)
         narrow = random_expert(bert, "bottleneck", 9, target_modules=["attention.output.dense"])
         text = message(weight_similarity, wide, narrow, initial_tensors(bert, wide.config))
-        assert "'bottleneck-8' and 'bottleneck-9' differ in tensor base_model.model.encoder.layer.0.output.dense" in text
+        assert (
+            "'bottleneck-8' and 'bottleneck-9' differ in tensor base_model.model.encoder.layer.0.output.dense" in text
+        )

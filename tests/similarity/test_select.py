@@ -104,9 +104,7 @@ def test_fisher_at_each_tasks_own_expert(
     assert stored.similarities == found.similarities
 
 
-def test_fisher_of_all_tasks_at_one_shared_expert(
-    bert: Backbone, pool: ExpertPool, make_task: Any, data: Path
-) -> None:
+def test_fisher_of_all_tasks_at_one_shared_expert(bert: Backbone, pool: ExpertPool, make_task: Any, data: Path) -> None:
     task = make_task()
     found = rank_experts(bert, task, pool, kind="fisher-cosine", data=data)
     at = shared_reference(pool, "lora")

@@ -72,11 +72,13 @@ class TestLoadTask:
 
     def test_fewer_examples_than_shots(self, tmp_path: Path) -> None:
         write(tmp_path / "cr", rows=5)
-        with pytest.raises(DataError, match="3 shots per class asked for, but class .* has only 2 examples"):
+        with pytest.raises(DataError, match=r"3 shots per class asked for, but class .* has only 2 examples"):
             load_task("cr", shots=3, data=tmp_path)
 
     def test_unknown_name(self) -> None:
-        with pytest.raises(UnknownNameError, match=r"unknown task 'sst3': did you mean 'sst2'.*Known: .*task_from_files"):
+        with pytest.raises(
+            UnknownNameError, match=r"unknown task 'sst3': did you mean 'sst2'.*Known: .*task_from_files"
+        ):
             load_task("sst3")
 
     def test_no_data(self, tmp_path: Path, message: Any) -> None:

@@ -74,9 +74,7 @@ def test_full_data_keeps_the_best_on_dev(bert: Backbone, make_task: Any, random_
     assert expert.card.shots is None
 
 
-def test_a_killed_run_goes_on(
-    bert: Backbone, make_task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on(bert: Backbone, make_task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pituning.training.trainer import MixtureTrainer
 
     task, settings = make_task(), SHORT.with_(steps=10)

@@ -27,7 +27,7 @@ PLAIN = TrainSettings(learning_rate=1e-2, steps=3, batch_size=16, schedule="cons
 BATCHES = TrainSettings(learning_rate=1e-2, alpha_learning_rate=5e-2, steps=10, batch_size=4)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands in for a process that dies."""
 
 
@@ -38,11 +38,11 @@ def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def dies(self: MixtureTrainer, *arguments: Any, **options: Any) -> Tensor:
         if count[0] == steps:
-            raise Killed
+            raise KilledError
         count[0] += 1
         return compute(self, *arguments, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(KilledError):  # noqa: PT012
         patch.setattr(MixtureTrainer, "compute_loss", dies)
         yield
 
@@ -136,7 +136,9 @@ def test_only_what_the_mode_trains_moves(
     assert not any(p.requires_grad or p.grad is not None for p in bert.model.parameters())
 
 
-def test_alpha_has_its_own_learning_rate_and_no_decay(bert: Backbone, random_experts: Any, random_examples: Any) -> None:
+def test_alpha_has_its_own_learning_rate_and_no_decay(
+    bert: Backbone, random_experts: Any, random_examples: Any
+) -> None:
     moved = {}
     for rate, alpha in ((0.0, 0.0), (1e-2, 0.0), (0.0, 1e-2)):
         mixture, config = build_mixture(random_experts(bert, "bottleneck", 2, 4), [0.3, 0.7], train="experts")
@@ -246,7 +248,7 @@ def test_checkpoints_hold_the_trained_tensors_and_nothing_else(
     assert saved.keys() == {f"mixture.{n}" for n in free}
     assert all(torch.equal(saved[f"mixture.{n}"], p) for n, p in free.items())
     weights = [p.name for p in last.iterdir() if p.suffix in (".safetensors", ".bin") or "model" in p.name]
-    assert sorted(weights) == ["mixture.safetensors", "training_args.bin"]
+    assert sorted(weights) == ["mixture.safetensors"]
     optimizer = torch.load(last / "optimizer.pt", weights_only=True)
     held = sum(v.numel() for s in optimizer["state"].values() for k, v in s.items() if k != "step")
     assert held == 2 * sum(p.numel() for p in free.values()), "two moments per trained number"
@@ -289,7 +291,9 @@ class TestHeldOut:
         result = fit(bert, mixture, config, random_examples(8, 13), settings, held_out=held_out)
         assert list(result.held_out) == [0, 2, 4, 6]
         assert result.held_out[0] == pytest.approx(first, rel=1e-5)
-        assert result.held_out[6] == pytest.approx(self.by_hand(bert, mixture, config, held_out, mixture_loss), rel=1e-5)
+        assert result.held_out[6] == pytest.approx(
+            self.by_hand(bert, mixture, config, held_out, mixture_loss), rel=1e-5
+        )
         assert result.held_out[result.best_step] == min(result.held_out.values())
 
     def test_measuring_changes_nothing(self, bert: Backbone, random_experts: Any, random_examples: Any) -> None:
@@ -310,7 +314,7 @@ class TestHeldOut:
 
     def test_the_best_state_is_kept(self, bert: Backbone, random_experts: Any, random_examples: Any) -> None:
         held_out = random_examples(9, 116, prefix="held")
-        harmful = BATCHES.with_(learning_rate=3.0, steps=4, eval_every=1, schedule="constant", warmup=0.0)
+        harmful = BATCHES.with_(learning_rate=30.0, steps=4, eval_every=1, schedule="constant", warmup=0.0)
         for keep in (True, False):
             mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 16), "experts")
             before = state(mixture)

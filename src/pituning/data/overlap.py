@@ -51,12 +51,14 @@ def find_overlaps(left: Iterable[Example], right: Iterable[Example], threshold: 
                 candidates.setdefault(index, jaccard)
         for index, similarity in candidates.items():
             other, other_text = fields_right[index]
-            found.setdefault((identifier, other), Overlap(identifier, other, text, other_text, similarity))
+            known = found.get((identifier, other))
+            if known is None or similarity > known.similarity:
+                found[identifier, other] = Overlap(identifier, other, text, other_text, similarity)
     return sorted(found.values(), key=lambda o: (-o.similarity, o.left, o.right))
 
 
 def _fields(examples: Iterable[Example]) -> Iterable[tuple[str, str]]:
-    return ((e.id, text) for e in examples for text in e.texts)
+    return ((e.id, text) for e in examples for text in e.texts if _letters(text))
 
 
 def _letters(text: str) -> str:

@@ -48,11 +48,14 @@ def _delimited(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         if path.suffix == ".tsv":
             cells: Iterator[list[str]] = (line.rstrip("\r\n").split("\t") for line in file)
         else:
-            cells = csv.reader(file)
+            csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 128 kB
+            reader = cells = csv.reader(file)
         header = next(cells, None)
         if header is None:
             raise DataError(f"{path}:1: the file is empty; expected a header line")
         for number, row in enumerate(cells, start=2):
+            if path.suffix == ".csv":
+                number = reader.line_num  # a quoted cell may span lines
             if len(row) != len(header):
                 raise DataError(
                     f"{path}:{number}: expected {len(header)} columns ({', '.join(header)}), found {len(row)}"

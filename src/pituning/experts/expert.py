@@ -24,6 +24,7 @@ from pituning.methods.attach import attached, check_tensors
 from pituning.version import __version__
 
 SCHEMA = 1
+_OLD = ".old"
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "expert.json"
 
 
@@ -126,6 +127,7 @@ class Expert:
                 "schema": SCHEMA,
                 **asdict(self.card),
                 "sha256": file_hash(target / TENSOR_FILE),
+                "config_sha256": file_hash(target / CONFIG_FILE),
                 "tensors": {k: list(t.shape) for k, t in tensors.items()},
             }
             (target / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -157,19 +159,15 @@ class Expert:
         record = _read_json(folder / CARD_FILE, "the expert's card is missing")
         if record.get("schema") != SCHEMA:
             raise ExpertError(f"{folder / CARD_FILE}: schema {record.get('schema')!r}, this version reads {SCHEMA}")
-        shapes = {k: tuple(v) for k, v in record.get("tensors", {}).items()}
+        card, shapes = _read_card(record, folder / CARD_FILE)
         check_tensors(shapes, tensors, f"expert in {folder}")
         if record.get("sha256") != file_hash(folder / TENSOR_FILE):
             raise ExpertError(
                 f"{folder / TENSOR_FILE} was changed after it was saved: its hash differs from the card's"
             )
-        known = {f.name for f in fields(ExpertCard)}
-        values = {k: v for k, v in record.items() if k in known}
-        for key in ("choices", "lineage"):
-            values[key] = tuple(values.get(key, ()))
-        if not isinstance(values.get("name"), str):
-            raise ExpertError(f"{folder / CARD_FILE}: the card has no name")
-        return cls(tensors, config, ExpertCard(**values))
+        if record.get("config_sha256") != file_hash(folder / CONFIG_FILE):
+            raise ExpertError(f"{folder / CONFIG_FILE} was changed after it was saved: its hash differs from the card's")
+        return cls(tensors, config, card)
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -187,9 +185,19 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def recover_interrupted(folder: Path) -> None:
+    """Bring back the earlier version of an expert where a process died between the two renames of a save."""
+    for kept in folder.glob(f".*{_OLD}"):
+        name = kept.name[1:].rsplit(".", 2)[0]
+        if not (folder / name).exists():
+            kept.rename(folder / name)
+
+
 @contextmanager
 def _atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary sibling that becomes ``folder`` when the block succeeds; its name starts with a dot."""
+    if folder.exists() and not (folder / CONFIG_FILE).is_file():
+        raise ExpertError(f"{folder} exists and is not an expert; it is not replaced")
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +207,7 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
         for path in temporary.iterdir():
             _sync(path)
         if folder.exists():
-            old = temporary.with_suffix(".old")
+            old = temporary.with_suffix(_OLD)
             folder.rename(old)
             try:
                 temporary.rename(folder)
@@ -231,6 +239,21 @@ def _read_json(path: Path, problem: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ExpertError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def _read_card(record: Mapping[str, Any], path: Path) -> tuple[ExpertCard, dict[str, tuple[int, ...]]]:
+    """The card and the recorded shapes; entries of a later version are ignored."""
+    known = {f.name for f in fields(ExpertCard)}
+    values = {k: v for k, v in record.items() if k in known}
+    try:
+        shapes = {str(k): tuple(map(int, v)) for k, v in record["tensors"].items()}
+        for key in ("choices", "lineage"):
+            values[key] = tuple(values.get(key, ()))
+        if not isinstance(values["name"], str):
+            raise TypeError(f"name is {values['name']!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ExpertError(f"{path} is not a valid card: {error}") from error
+    return ExpertCard(**values), shapes
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

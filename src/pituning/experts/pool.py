@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, unknown_name
-from pituning.experts.expert import CONFIG_FILE, Expert
+from pituning.experts.expert import CONFIG_FILE, Expert, recover_interrupted
 
 
 class ExpertPool:
@@ -27,6 +27,7 @@ class ExpertPool:
         """Names of the experts."""
         if not self.folder.is_dir():
             return []
+        recover_interrupted(self.folder)
         return sorted(
             p.name for p in self.folder.iterdir() if not p.name.startswith(".") and (p / CONFIG_FILE).is_file()
         )
@@ -55,8 +56,15 @@ class ExpertPool:
         return experts
 
     def add(self, expert: Expert, name: str | None = None) -> Path:
-        """Save an expert into the pool under its own name or another."""
-        return expert.with_card(name=name or expert.name).save(self.folder / (name or expert.name))
+        """Save an expert into the pool under its own name or another.
+
+        Raises:
+            ExpertError: if the name is not that of a visible folder, or the expert cannot be saved.
+        """
+        name = expert.name if name is None else name
+        if not name or name.startswith(".") or Path(name).name != name:
+            raise ExpertError(f"an expert in a pool cannot be called {name!r}: the name must be that of a visible folder")
+        return expert.with_card(name=name).save(self.folder / name)
 
     def verify(self, backbone: Backbone | None = None) -> dict[str, str]:
         """Load and check every expert; returns the problem by name, empty where there is none."""

@@ -206,8 +206,10 @@ def _require_compatible(experts: Sequence[Expert]) -> None:
                 f"experts {first.name!r} ({first.card.method}) and {other.name!r} ({other.card.method}) are of "
                 "different methods and have no common parameter space"
             )
-        if first.card.fingerprint and other.card.fingerprint and other.card.fingerprint != first.card.fingerprint:
-            raise RefusedError(f"experts {first.name!r} and {other.name!r} belong to different backbones")
+    known = [e for e in experts if e.card.fingerprint]
+    for other in known[1:]:
+        if other.card.fingerprint != known[0].card.fingerprint:
+            raise RefusedError(f"experts {known[0].name!r} and {other.name!r} belong to different backbones")
     if is_lora(first):
         return
     shapes = {k: tuple(t.shape) for k, t in first.tensors.items()}

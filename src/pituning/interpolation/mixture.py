@@ -49,9 +49,11 @@ class Mixture(nn.Module):
             or not torch.allclose(weights.sum(1), weights.new_ones(len(weights)))
         ):
             raise ValueError(f"weights must be [groups, experts], non-negative, rows summing to one; got {weights}")
+        # the only weight of a single expert is 1 and has no gradient
+        trained = train != "none" and train_weights and weights.shape[1] > 1
         self.train_mode = train
         self.temperature = temperature
-        self.alpha = nn.Parameter(weights.log() * temperature, requires_grad=train != "none" and train_weights)
+        self.alpha = nn.Parameter(weights.log() * temperature, requires_grad=trained)
 
     def weights(self) -> Tensor:
         """Current weights, shape ``[groups, experts]``."""

@@ -97,7 +97,7 @@ def peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
     import pituning.methods.bottleneck  # noqa: F401 - enters our methods into PEFT's tables
 
     settings = config_dict(config) if isinstance(config, PeftConfig) else dict(config)
-    settings["inference_mode"] = False
+    settings |= {"inference_mode": False, "base_model_name_or_path": None}
     if settings.get("peft_type") not in set(PEFT_TYPE_TO_CONFIG_MAPPING):
         raise ExpertError(f"adapter configuration has peft_type {settings.get('peft_type')!r}, which PEFT does not know")
     try:

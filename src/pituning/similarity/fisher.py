@@ -80,6 +80,8 @@ def fisher_diagonal(
         loss = 0.0
         for start in range(0, len(examples), batch_size):
             batch = list(examples[start : start + batch_size])
+            if labels == "model" and not common_choices(batch):
+                batch = [_sampled(backbone, e) for e in batch]
             parity = (torch.arange(len(batch), device=backbone.device) + start) % 2
             with _squares(site, len(batch)) as squares:
                 loss += _backward(backbone, batch, labels, squares)
@@ -91,8 +93,6 @@ def fisher_diagonal(
 
 def _backward(backbone: Backbone, examples: Sequence[Example], labels: str, squares: _Squares) -> float:
     choices = common_choices(examples)
-    if labels == "model" and not choices:
-        examples = [_sampled(backbone, e) for e in examples]
     if labels == "true" or not choices:
         losses = backbone.loss(backbone.collate(examples))
         torch.autograd.backward(losses.sum())

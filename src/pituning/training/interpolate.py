@@ -111,6 +111,8 @@ def interpolate(
         PituningError: for inconsistent arguments.
         BackboneMismatchError: if an expert belongs to another backbone.
     """
+    if rank is not None and experts and not is_lora(experts[0]):
+        raise RefusedError(f"rank={rank} applies to LoRA experts only; {experts[0].name!r} is of {experts[0].card.method!r}")
     return choose(backbone, task, experts, own, **options).refit(seed, rank=rank, name=name)
 
 
@@ -160,7 +162,7 @@ def choose(
         start = blend_start(backbone, experts, weights, train=train, granularity=granularity, temperature=temperature)
         plans.append(_Plan("interpolation of the experts", tuple(experts), weights, start))
     if own is not None and include_own is not False:
-        own_loss = cross_fit(backbone, kept_start(own_folds), examples, search).loss
+        own_loss = cross_fit(backbone, kept_start(own_folds), examples, search).plain_loss  # as the others'
         weights = _initial_weights(init, [*losses, own_loss], similarities, len(examples), own=True)
         start = blend_start(
             backbone, experts, weights, own_folds, train=train, granularity=granularity, temperature=temperature
@@ -225,6 +227,8 @@ class Choice:
         card = replace(
             plan.members[0].card,
             name=name or f"{self.task.name}-pi",
+            backbone=self.backbone.hub_name,
+            fingerprint=self.backbone.fingerprint,
             task=self.task.name,
             shots=self.task.shots,
             seed=self.task.seed,
@@ -238,7 +242,7 @@ class Choice:
                 **settings_dict(settings),
             },
         )
-        folded = collapse(mixture, config, card, rank if is_lora(plan.members[0]) else None)
+        folded = collapse(mixture, config, card, rank)
         by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
         return Interpolation(folded.expert, names, by_group, self.candidates(), folded.errors)
 
