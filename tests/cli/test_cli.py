@@ -245,7 +245,7 @@ class TestPool:
 
     def test_list_marks_broken_experts(self, pool: ExpertPool, break_tensors: Callable[[Path], None]) -> None:
         break_tensors(pool.folder / "word_tone")
-        assert "broken" in run("pool", "list", "--pool", pool.folder).stdout
+        assert "2 experts, 1 broken" in run("pool", "list", "--pool", pool.folder).stdout
         assert [e["broken"] for e in run_json("pool", "list", "--pool", pool.folder)["experts"]] == [False, True]
 
     def test_show_an_expert_of_the_pool_or_a_folder(self, pool: ExpertPool) -> None:

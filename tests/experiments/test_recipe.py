@@ -21,7 +21,9 @@ def test_shipped_recipes_are_valid_and_open_with_their_command(path: Path) -> No
 
 def test_every_problem_is_listed(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text("title: x\ntarget: sst2\nshotz: 4\npool: {folder: p, tasks: [cr], epochs: 0}\noutput: o\nshots: 0\n")
+    path.write_text(
+        "title: x\ntarget: sst2\nshotz: 4\npool: {folder: p, tasks: [cr], epochs: 0}\noutput: o\nshots: 0\n"
+    )
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     message = str(caught.value)
@@ -32,7 +34,9 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
 
 def test_unknown_names_come_with_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "names.yaml"
-    path.write_text("title: x\ntarget: sst3\npool: {folder: p, tasks: [cr, trecc6]}\noutput: o\nmethod: lorra\narms: [ownn]\n")
+    path.write_text(
+        "title: x\ntarget: sst3\npool: {folder: p, tasks: [cr, trecc6]}\noutput: o\nmethod: lorra\narms: [ownn]\n"
+    )
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     for part in ("'sst2'", "'trec6'", "'lora'", "'own'"):

@@ -197,7 +197,7 @@ class SaveOptions:
                 f"{name!r} cannot be the name of an expert: no slash, no leading dot; choose one with --save NAME"
             )
         folder = self.out or pool.pool / name
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        if not folder.exists():
             return folder
         if not (folder / CONFIG_FILE).is_file():
             raise RefusedError(f"{folder} exists and is no expert, so it is not replaced; choose another place")

@@ -34,10 +34,11 @@ def list_experts(pool: PoolOptions, output: Output) -> None:
                 cards[name] = experts.load(name).card
             except ExpertError:
                 cards[name] = None
+    broken = sum(card is None for card in cards.values())
     rows = [
         [name, c.task, c.method, "all" if c.shots is None else str(c.shots), f"{c.parameters:,}", c.backbone]
         if c is not None
-        else [name, "broken: see pituning pool verify", "", "", "", ""]
+        else [name, "broken", "", "", "", ""]
         for name, c in cards.items()
     ]
     output.result(
@@ -46,7 +47,8 @@ def list_experts(pool: PoolOptions, output: Output) -> None:
             "experts": [{**(asdict(c) if c else {}), "name": n, "broken": c is None} for n, c in cards.items()],
         },
         table(f"Pool {pool.pool}", ["expert", "task", "method", "shots#", "parameters#", "backbone"], rows),
-        f"{len(rows)} expert{'s' * (len(rows) != 1)}",
+        f"{len(rows)} expert{'s' * (len(rows) != 1)}"
+        + (f", {broken} broken: see pituning pool verify" if broken else ""),
     )
 
 

@@ -166,7 +166,9 @@ class Expert:
                 f"{folder / TENSOR_FILE} was changed after it was saved: its hash differs from the card's"
             )
         if record.get("config_sha256") != file_hash(folder / CONFIG_FILE):
-            raise ExpertError(f"{folder / CONFIG_FILE} was changed after it was saved: its hash differs from the card's")
+            raise ExpertError(
+                f"{folder / CONFIG_FILE} was changed after it was saved: its hash differs from the card's"
+            )
         return cls(tensors, config, card)
 
 

@@ -63,7 +63,9 @@ class ExpertPool:
         """
         name = expert.name if name is None else name
         if not name or name.startswith(".") or Path(name).name != name:
-            raise ExpertError(f"an expert in a pool cannot be called {name!r}: the name must be that of a visible folder")
+            raise ExpertError(
+                f"an expert in a pool cannot be called {name!r}: the name must be that of a visible folder"
+            )
         return expert.with_card(name=name).save(self.folder / name)
 
     def verify(self, backbone: Backbone | None = None) -> dict[str, str]:

@@ -63,7 +63,9 @@ def attached(
             peft_model = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
         except (ValueError, TypeError, NotImplementedError) as error:
             _strip(backbone)
-            raise ExpertError(f"method {config.peft_type} cannot be put on backbone {backbone.name!r}: {error}") from error
+            raise ExpertError(
+                f"method {config.peft_type} cannot be put on backbone {backbone.name!r}: {error}"
+            ) from error
     try:
         backbone.model.eval()
         live = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
@@ -99,7 +101,9 @@ def peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
     settings = config_dict(config) if isinstance(config, PeftConfig) else dict(config)
     settings |= {"inference_mode": False, "base_model_name_or_path": None}
     if settings.get("peft_type") not in set(PEFT_TYPE_TO_CONFIG_MAPPING):
-        raise ExpertError(f"adapter configuration has peft_type {settings.get('peft_type')!r}, which PEFT does not know")
+        raise ExpertError(
+            f"adapter configuration has peft_type {settings.get('peft_type')!r}, which PEFT does not know"
+        )
     try:
         return PeftConfig.from_peft_type(**settings)
     except (ValueError, TypeError) as error:

@@ -89,7 +89,9 @@ class TaskDefinition:
     def __post_init__(self) -> None:
         twice = [text for text in self.labels.values() if list(self.labels.values()).count(text) > 1]
         if twice:
-            raise DataError(f"task {self.name!r}: two labels have the same text {twice[0]!r}; they could not be told apart")
+            raise DataError(
+                f"task {self.name!r}: two labels have the same text {twice[0]!r}; they could not be told apart"
+            )
 
     def examples(self, rows: Sequence[Row], split: str) -> tuple[Example, ...]:
         """Turn rows into examples.

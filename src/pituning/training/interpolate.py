@@ -112,7 +112,9 @@ def interpolate(
         BackboneMismatchError: if an expert belongs to another backbone.
     """
     if rank is not None and experts and not is_lora(experts[0]):
-        raise RefusedError(f"rank={rank} applies to LoRA experts only; {experts[0].name!r} is of {experts[0].card.method!r}")
+        raise RefusedError(
+            f"rank={rank} applies to LoRA experts only; {experts[0].name!r} is of {experts[0].card.method!r}"
+        )
     return choose(backbone, task, experts, own, **options).refit(seed, rank=rank, name=name)
 
 

@@ -260,4 +260,3 @@ def _has_checkpoint(folder: str | Path | None) -> bool:
 def settings_dict(settings: TrainSettings) -> dict[str, Any]:
     """Settings as plain values, for an expert's card."""
     return asdict(settings)
-
