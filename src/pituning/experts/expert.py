@@ -188,10 +188,12 @@ def file_hash(path: Path) -> str:
 
 
 def recover_interrupted(folder: Path) -> None:
-    """Bring back the earlier version of an expert where a process died between the two renames of a save."""
+    """Finish a save that died half-way: bring back an earlier version whose place is empty, drop a replaced one."""
     for kept in folder.glob(f".*{_OLD}"):
         name = kept.name[1:].rsplit(".", 2)[0]
-        if not (folder / name).exists():
+        if (folder / name).exists():
+            shutil.rmtree(kept, ignore_errors=True)
+        else:
             kept.rename(folder / name)
 
 

@@ -214,12 +214,6 @@ def _require_compatible(experts: Sequence[Expert]) -> None:
         return
     shapes = {k: tuple(t.shape) for k, t in first.tensors.items()}
     for other in experts[1:]:
-        if first.card.init_hash and other.card.init_hash and first.card.init_hash != other.card.init_hash:
-            warnings.warn(
-                f"experts {first.name!r} and {other.name!r} started from different initialisations: their hidden units may "
-                "be in different orders, and an average of them may mean little",
-                stacklevel=3,
-            )
         found = {k: tuple(t.shape) for k, t in other.tensors.items()}
         for key in sorted(shapes.keys() | found.keys()):
             if shapes.get(key) != found.get(key):
@@ -227,6 +221,12 @@ def _require_compatible(experts: Sequence[Expert]) -> None:
                     f"experts {first.name!r} and {other.name!r} cannot be averaged: tensor {key} has shape "
                     f"{_shape(shapes.get(key))} in the first and {_shape(found.get(key))} in the second"
                 )
+        if first.card.init_hash and other.card.init_hash and first.card.init_hash != other.card.init_hash:
+            warnings.warn(
+                f"experts {first.name!r} and {other.name!r} started from different initialisations: their hidden units may "
+                "be in different orders, and an average of them may mean little",
+                stacklevel=3,
+            )
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
