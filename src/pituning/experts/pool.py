@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, unknown_name
-from pituning.experts.expert import CONFIG_FILE, Expert, recover_interrupted
+from pituning.experts.expert import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Expert, recover_interrupted
 
 
 class ExpertPool:
@@ -28,9 +28,9 @@ class ExpertPool:
         if not self.folder.is_dir():
             return []
         recover_interrupted(self.folder)
-        return sorted(
-            p.name for p in self.folder.iterdir() if not p.name.startswith(".") and (p / CONFIG_FILE).is_file()
-        )
+        files = (CONFIG_FILE, TENSOR_FILE, CARD_FILE)  # one is enough: a damaged expert must not vanish from the list
+        visible = (p for p in self.folder.iterdir() if not p.name.startswith("."))
+        return sorted(p.name for p in visible if any((p / file).is_file() for file in files))
 
     def load(self, name: str) -> Expert:
         """Load one expert; its name is the folder's.

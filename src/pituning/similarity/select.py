@@ -82,7 +82,10 @@ def rank_experts(
     if reference not in REFERENCES:
         raise unknown_name("reference point", reference, REFERENCES)
     method = own.card.method if own is not None else None
-    experts = [e for e in pool.load_all(backbone, exclude) if e.card.task != task.name]
+    experts = pool.load_all(backbone, exclude)
+    # a blend of an expert of the target task has seen the target's examples, too
+    seen = {e.name for e in experts if e.card.task == task.name}
+    experts = [e for e in experts if e.name not in seen and not seen & {p["name"] for p in e.card.lineage}]
     experts = [e for e in experts if method is None or e.card.method == method]
     if not experts:
         raise PituningError(
@@ -123,9 +126,11 @@ def audit_pool(pool: ExpertPool, task: Task, data: str | Path | None = None) -> 
     """
     mine = [e for split in task.splits.values() for e in split]
     report: dict[str, list[Overlap] | str] = {}
-    for expert in pool:
+    for name in pool.names():
         try:
-            report[expert.name] = find_overlaps(mine, load_task(expert.card.task, data=data).split("train"))
+            expert = pool.load(name)
+            if expert.card.task != task.name:
+                report[name] = find_overlaps(mine, load_task(expert.card.task, data=data).split("train"))
         except PituningError as error:
-            report[expert.name] = str(error)
+            report[name] = str(error)
     return report

@@ -160,7 +160,7 @@ def load_task(name: str, *, shots: int | None = None, seed: int = 0, data: str |
     """
     _register_built_in()
     if name not in _REGISTRY:
-        raise unknown_name("task", name, _REGISTRY, "Own data: pituning.task_from_files(...) or --task-file.")
+        raise unknown_name("task", name, _REGISTRY, "Own data: pituning.task_from_files(...) or --train-file.")
     task = _REGISTRY[name].load(_find_folder(_REGISTRY[name], data))
     return task if shots is None else task.few_shot(shots, seed)
 
