@@ -70,7 +70,7 @@ class Recipe(_Strict):
     pool: PoolSection
     backbone: str = "minilm"
     method: str = "lora"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     shots: int = Field(default=16, ge=1)
     draws: tuple[int, ...] = (0, 1, 2, 3, 4)
     training_seeds: tuple[int, ...] = (0, 1)

@@ -10,19 +10,21 @@ import torch
 from pituning.backbones.base import Backbone
 from pituning.errors import unknown_name
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @contextmanager
 def precision(backbone: Backbone, name: str) -> Iterator[None]:
     """Run the block in ``"fp32"`` or with bfloat16 autocast (``"bf16"``: about 2.3 times faster on CPUs with AVX512-BF16).
 
+    ``"auto"`` takes bf16 where the processor has instructions for it, else fp32.
+
     Raises:
         UnknownNameError: for another name.
     """
     if name not in PRECISIONS:
         raise unknown_name("precision", name, PRECISIONS)
-    if name == "fp32":
+    if name == "fp32" or (name == "auto" and not _has_fast_bf16(backbone.device)):
         yield
         return
     config = backbone.model.config
@@ -36,3 +38,10 @@ def precision(backbone: Backbone, name: str) -> Iterator[None]:
             yield
     finally:
         backbone.model.set_attn_implementation(before)
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type != "cpu":
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -109,6 +109,12 @@ def fold_experts(
             f"the card of expert {own.name!r} does not say how it was trained, so it cannot be retrained without a fold; "
             "use an own expert from train_expert"
         )
+    drawn, asked = (own.card.task, own.card.shots, own.card.seed), (task.name, task.shots, task.seed)
+    if drawn != asked:
+        raise PituningError(
+            f"own expert {own.name!r} was trained on (task, shots, draw) = {drawn}, but the target is {asked}: "
+            "train one on the target's shots"
+        )
     settings = TrainSettings(**recorded).with_(seed=seed)
     experts: dict[int | None, Expert] = {None: own}
     for fold in range(search.folds):
