@@ -227,6 +227,8 @@ def _pi_details(details: Mapping[str, Any]) -> dict[str, Any]:
         f"first draw; chosen: {details['chosen']}, learning rate {details['learning_rate']:g}, {details['steps']} steps"
     )
     weights = {"experts": details["experts"], "groups": list(rows), "values": list(rows.values()), "note": note}
+    if len(details["experts"]) == 1:  # a single expert's weight is 1 everywhere: nothing to draw
+        return {"candidates": details["candidates"]}
     return {"weights": weights, "candidates": details["candidates"]}
 
 
