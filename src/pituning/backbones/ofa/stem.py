@@ -1,0 +1,116 @@
+"""The image stem of OFA: a ResNet without its last stage, 16 pixels per patch in each direction.
+
+Source: He et al., "Deep Residual Learning", CVPR 2016, in the variant with the stride on the 3×3 convolution.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pituning.backbones.ofa.configuration import OFAConfig
+
+EXPANSION = 4  # a bottleneck block's outer channels per inner channel
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop a whole residual branch per example and scale up the ones that stay.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016.
+
+    Args:
+        rate: probability that an example's branch is dropped.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, …]`` to the same."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device, dtype=torch.float32) >= self.rate
+        return x / (1 - self.rate) * keep.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"rate={self.rate}"
+
+
+class StemBatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose statistics move only where its own scale is trained; a frozen backbone never drifts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, channels, height, width]`` to the same."""
+        if self.training and self.weight.requires_grad:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class StemBlock(nn.Module):
+    """1×1, 3×3 and 1×1 convolutions beside a shortcut."""
+
+    def __init__(self, channels: int, width: int, stride: int, drop_path_rate: float) -> None:
+        super().__init__()
+        out = width * EXPANSION
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = StemBatchNorm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = StemBatchNorm(width)
+        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
+        self.bn3 = StemBatchNorm(out)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or channels != out:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride=stride, bias=False),
+                StemBatchNorm(out),
+            )
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, channels, h, w]`` to ``[batch, 4 · width, h / stride, w / stride]``."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.drop_path(self.bn3(self.conv3(x)))
+        return F.relu(x + shortcut, inplace=True)
+
+
+class ImageStem(nn.Module):
+    """The three-stage ResNet.
+
+    Attributes:
+        out_channels: channels of a patch's feature vector.
+    """
+
+    def __init__(self, config: OFAConfig) -> None:
+        super().__init__()
+        assert config.resnet_layers is not None
+        assert config.resnet_widths is not None
+        channels = config.resnet_stem_width
+        self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = StemBatchNorm(channels)
+        stages = []
+        for index, (blocks, width) in enumerate(zip(config.resnet_layers, config.resnet_widths, strict=True)):
+            rates = torch.linspace(0, config.resnet_drop_path_rate, blocks).tolist()
+            stage = []
+            for block in range(blocks):
+                stride = 2 if index and not block else 1
+                stage.append(StemBlock(channels, width, stride, rates[block] if block else 0.0))
+                channels = width * EXPANSION
+            stages.append(nn.Sequential(*stage))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.out_channels = channels
+        if config.freeze_resnet:
+            for module in self.modules():
+                if isinstance(module, StemBatchNorm):
+                    module.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[batch, 3, height, width]`` to ``[batch, channels, height / 16, width / 16]``, rounded up."""
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        out: Tensor = self.layer3(self.layer2(self.layer1(x)))
+        return out
