@@ -15,6 +15,7 @@ from pituning.backbones.ofa.encoder import OFAEncoderOutput
 from pituning.backbones.ofa.layers import OFADecoderLayer
 from pituning.backbones.ofa.positions import absolute_scores, look_up, token_bucket_matrix
 from pituning.backbones.ofa.pretrained import OFAPreTrainedModel, padding_of, position_tables
+from pituning.backbones.ofa.stem import drop_path_rates
 from pituning.errors import DataError
 
 FIRST_CAPACITY = 16  # target positions whose biases are computed at a cached decoding's first step; doubled when needed
@@ -61,7 +62,7 @@ class OFADecoder(OFAPreTrainedModel):
         self.cross_pos_q_linear = nn.Linear(width, width)
         self.cross_pos_k_linear = nn.Linear(width, width)
         self.pos_scale = (width / heads * config.attn_scale_factor) ** -0.5
-        rates = torch.linspace(0, config.decoder_drop_path_rate, layers).tolist()
+        rates = drop_path_rates(config.decoder_drop_path_rate, layers)
         self.layers = nn.ModuleList(OFADecoderLayer(config, i, rate) for i, rate in enumerate(rates))
         self.layer_norm = nn.LayerNorm(width)
         self.token_rel_pos_table_list, self.image_rel_pos_table_list = position_tables(config, layers, heads)

@@ -19,7 +19,7 @@ from pituning.backbones.ofa.positions import (
     token_bucket_matrix,
 )
 from pituning.backbones.ofa.pretrained import OFAPreTrainedModel, padding_of, position_tables
-from pituning.backbones.ofa.stem import ImageStem
+from pituning.backbones.ofa.stem import ImageStem, drop_path_rates
 from pituning.errors import DataError, PituningError
 
 
@@ -57,7 +57,7 @@ class OFAEncoder(OFAPreTrainedModel):
         self.pos_q_linear = nn.Linear(width, width)
         self.pos_k_linear = nn.Linear(width, width)
         self.pos_scale = (width / heads * config.attn_scale_factor) ** -0.5
-        rates = torch.linspace(0, config.encoder_drop_path_rate, layers).tolist()
+        rates = drop_path_rates(config.encoder_drop_path_rate, layers)
         self.layers = nn.ModuleList(OFAEncoderLayer(config, i, rate) for i, rate in enumerate(rates))
         self.layer_norm = nn.LayerNorm(width)
         self.token_rel_pos_table_list, self.image_rel_pos_table_list = position_tables(config, layers, heads)

@@ -40,6 +40,7 @@ class OFAAttention(nn.Module):
     def __init__(self, config: OFAConfig, heads: int, layer_index: int) -> None:
         super().__init__()
         width = config.d_model
+        self.config = config
         self.heads = heads
         self.head_width = width // heads
         self.scale = (self.head_width * config.attn_scale_factor) ** -0.5
@@ -92,7 +93,7 @@ class OFAAttention(nn.Module):
         bias = None if bias is None else bias.to(query.dtype)
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if output_attentions:
+        if output_attentions or self.config._attn_implementation == "eager":
             scores = query @ key.transpose(2, 3) * self.scale
             weights = torch.softmax(scores if bias is None else scores + bias, dim=-1, dtype=torch.float32)
             out = F.dropout(weights.to(value.dtype), dropout) @ value
