@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from pituning.errors import PituningError, unknown_name
 
@@ -68,6 +68,8 @@ class OFAConfig(PreTrainedConfig):
             (Whatever the setting, the statistics stay as they are where the norms' scale requires no gradient.)
         interpolate_position, orig_patch_image_size: for images larger than the pretraining's ``orig_patch_image_size``
             pixels, interpolate its absolute positions (OFA-huge).
+        reference_rounding: compute GELU and the attention's softmax in float32 whatever the model's dtype, as the original
+            code does; for comparing float64 figures with its own.
 
     Raises:
         PituningError: for sizes that do not fit together.
@@ -124,6 +126,7 @@ class OFAConfig(PreTrainedConfig):
     freeze_resnet: bool = False
     interpolate_position: bool = False
     orig_patch_image_size: int = 256
+    reference_rounding: bool = False
     init_std: float = 0.02
     use_cache: bool = True
     pad_token_id: int | None = 1
@@ -164,3 +167,6 @@ class OFAConfig(PreTrainedConfig):
         if size not in SIZES:
             raise unknown_name("OFA size", size, SIZES)
         return cls(**{**SIZES[size], **overrides})
+
+
+AutoConfig.register("ofa", OFAConfig, exist_ok=True)

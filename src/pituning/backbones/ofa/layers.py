@@ -93,9 +93,11 @@ class OFAAttention(nn.Module):
         bias = None if bias is None else bias.to(query.dtype)
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if output_attentions or self.config._attn_implementation == "eager":
-            scores = query @ key.transpose(2, 3) * self.scale
-            weights = torch.softmax(scores if bias is None else scores + bias, dim=-1, dtype=torch.float32)
+        rounded = self.config.reference_rounding
+        if output_attentions or rounded or self.config._attn_implementation == "eager":
+            scores = (query * self.scale) @ key.transpose(2, 3)
+            wide = torch.float32 if rounded else torch.promote_types(scores.dtype, torch.float32)
+            weights = torch.softmax(scores if bias is None else scores + bias, dim=-1, dtype=wide)
             out = F.dropout(weights.to(value.dtype), dropout) @ value
         else:
             out = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=self.scale)
@@ -133,6 +135,19 @@ def _ungroup(x: Tensor, groups: int) -> Tensor:
     return x.view(*x.shape[:2], groups, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
 
 
+class RoundedActivation(nn.Module):
+    """An activation function in float32 whatever the dtype of its input."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…]`` to the same shape and dtype."""
+        out: Tensor = self.function(x.float())
+        return out.to(x.dtype)
+
+
 class FeedForward(nn.Module):
     """Shared by both kinds of layer through inheritance: the FFN branch, pre-norm, with its residual."""
 
@@ -140,7 +155,8 @@ class FeedForward(nn.Module):
     fc2: nn.Linear
 
     def _add_feed_forward(self, config: OFAConfig, inner: int, drop_path_rate: float) -> None:
-        self.activation = ACT2FN[config.activation_function]
+        activation = ACT2FN[config.activation_function]
+        self.activation = RoundedActivation(activation) if config.reference_rounding else activation
         self.activation_dropout = nn.Dropout(config.activation_dropout)
         self.fc1 = nn.Linear(config.d_model, inner)
         self.ffn_layer_norm = nn.LayerNorm(inner) if config.scale_fc else nn.Identity()
