@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -123,8 +121,8 @@ def test_position_tables() -> None:
 
 
 @pytest.fixture(scope="module", params=["tiny", "base", "large"])
-def real(request: pytest.FixtureRequest) -> Iterator[tuple[str, OFAForConditionalGeneration]]:
-    yield request.param, filled(OFAConfig.of_size(request.param), recipe)
+def real(request: pytest.FixtureRequest) -> tuple[str, OFAForConditionalGeneration]:
+    return request.param, filled(OFAConfig.of_size(request.param), recipe)
 
 
 @pytest.mark.slow
