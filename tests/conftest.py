@@ -10,8 +10,11 @@ import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+# Before anything imports torch: some virtual machines announce AMX and kill a process that multiplies bfloat16 with it.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import pytest
 import torch
@@ -21,8 +24,10 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from pituning.backbones.base import Backbone
+from pituning.backbones.base import Backbone, Batch, normed_and_linear
 from pituning.backbones.encoder import EncoderBackbone
+from pituning.backbones.ofa.configuration import OFAConfig
+from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.backbones.seq2seq import Seq2SeqBackbone
 from pituning.errors import PituningError
 from pituning.example import Example
@@ -43,7 +48,12 @@ PIECES = [
 ]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PIECES]
 CHOICES = ("ba", "de fi", "go ku la mi")
-RANK = {"lora": 3, "bottleneck": 4}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 3},
+    "bottleneck": {"r": 4},
+    "prefix": {"length": 3, "decoder_length": 2},
+    "bitfit": {},
+}
 
 BackboneOf = Callable[..., Backbone]
 RandomExpert = Callable[..., Expert]
@@ -103,6 +113,66 @@ def build_t5(dtype: torch.dtype) -> Seq2SeqBackbone:
     return Seq2SeqBackbone("tiny-t5", model, build_tokenizer("$A [SEP]", "[SEP]"))
 
 
+class TinyOFA(Seq2SeqBackbone):
+    """OFA over the tiny vocabulary, with an image made from each example's id. The decoder's rows of one example, one for
+    each choice, attend to its source together."""
+
+    def adaptable(self, method: str) -> list[str]:
+        if method == "bitfit":
+            return normed_and_linear(self.model, skip=["decoder.code_layernorm_embedding", "decoder.image_pos_ln"])
+        return {
+            "lora": ["q_proj", "k_proj", "v_proj", "out_proj"],
+            "bottleneck": ["self_attn_output", "ffn_output"],
+            "prefix": ["self_attn"],
+        }[method]
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        images = [
+            torch.randn(3, 32, 48, generator=torch.Generator().manual_seed(crc32(e.id.encode()))) for e in examples
+        ]
+        dtype = next(self.model.parameters()).dtype
+        return {**super().collate(examples), "patch_images": torch.stack(images).to(dtype)}
+
+    def loss(self, batch: Batch) -> Tensor:
+        return -self._log_probability(batch["labels"], **{k: batch[k] for k in batch if k != "labels"})
+
+    def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
+        encoded = self.model.get_encoder()(**{k: batch[k] for k in batch if k != "labels"})
+        labels = self._labels(choices).repeat(len(batch["input_ids"]), 1)
+        return self._log_probability(labels, encoder_outputs=encoded).view(-1, len(choices))
+
+
+def build_ofa(dtype: torch.dtype, **options: Any) -> TinyOFA:
+    """An OFA of two plus three layers, model size 16, whose weights and biases are all random."""
+    torch.manual_seed(0)
+    config = OFAConfig(
+        vocab_size=len(VOCABULARY),
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        encoder_drop_path_rate=0.2,
+        resnet_layers=[1, 1, 1],
+        resnet_stem_width=4,
+        resnet_widths=[2, 2, 4],
+        max_source_positions=64,
+        max_target_positions=32,
+        token_bucket_size=16,
+        image_bucket_size=8,
+        code_image_size=32,
+        decoder_start_token_id=2,
+        pad_token_id=0,
+        eos_token_id=3,
+        **options,
+    )
+    model = OFAForConditionalGeneration(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_((0.3 * torch.randn(parameter.shape)).to(parameter))
+    return TinyOFA("tiny-ofa", model, build_tokenizer("$A [SEP]", "[SEP]"))
+
+
 def build_tokenizer(single: str, end: str) -> PreTrainedTokenizerFast:
     """A WordPiece tokenizer over made-up syllables."""
     core = Tokenizer(models.WordPiece({w: i for i, w in enumerate(VOCABULARY)}, unk_token="[UNK]"))
@@ -124,12 +194,12 @@ def frozen_garbage() -> None:
 
 @pytest.fixture(scope="session")
 def backbone_of() -> BackboneOf:
-    """``backbone_of("encoder" | "seq2seq", dtype)``: tiny backbones, each built once."""
+    """``backbone_of("encoder" | "seq2seq" | "ofa", dtype)``: tiny backbones, each built once."""
     built: dict[tuple[str, torch.dtype], Backbone] = {}
 
     def get(family: str = "encoder", dtype: torch.dtype = torch.float32) -> Backbone:
         if (family, dtype) not in built:
-            built[family, dtype] = build_bert(dtype) if family == "encoder" else build_t5(dtype)
+            built[family, dtype] = {"encoder": build_bert, "seq2seq": build_t5, "ofa": build_ofa}[family](dtype)
         return built[family, dtype]
 
     return get
@@ -147,6 +217,12 @@ def t5(backbone_of: BackboneOf) -> Backbone:
     return backbone_of("seq2seq")
 
 
+@pytest.fixture
+def ofa(backbone_of: BackboneOf) -> Backbone:
+    """The tiny OFA in float32."""
+    return backbone_of("ofa")
+
+
 @pytest.fixture(scope="session")
 def fresh_bert_of() -> Callable[..., EncoderBackbone]:
     """``fresh_bert_of(dtype, share_layers)``: a tiny encoder of the test's own, for tests that may spoil it."""
@@ -161,7 +237,7 @@ def random_expert() -> RandomExpert:
     def make(
         backbone: Backbone, method: str = "lora", seed: int = 0, *, scale: float = 0.1, name: str = "", **options: Any
     ) -> Expert:
-        options = {"r": RANK[method], **options}
+        options = {**OPTIONS[method], **options}
         key = (backbone.fingerprint, repr((method, sorted(options.items()))))
         if key not in known:
             config = config_dict(make_config(method, backbone, **options))
@@ -190,8 +266,12 @@ def random_expert() -> RandomExpert:
 @pytest.fixture(scope="session")
 def random_experts(random_expert: RandomExpert) -> Callable[..., list[Expert]]:
     """``random_experts(backbone, method, count, seed)``: LoRA experts differ in rank, scaling and adapted modules."""
-    modules = {"encoder": ("query", "key", "value", "output.dense"), "seq2seq": ("q", "k", "v", "wo")}
-    first = {"encoder": "0.attention.self.query", "seq2seq": "0.SelfAttention.q"}
+    modules = {
+        "encoder": ("query", "key", "value", "output.dense"),
+        "seq2seq": ("q", "k", "v", "wo"),
+        "ofa": ("q_proj", "k_proj", "v_proj", "fc2"),
+    }
+    first = {"encoder": "0.attention.self.query", "seq2seq": "0.SelfAttention.q", "ofa": "0.self_attn.q_proj"}
 
     def make(backbone: Backbone, method: str, count: int, seed: int = 0) -> list[Expert]:
         if method != "lora":
@@ -199,14 +279,15 @@ def random_experts(random_expert: RandomExpert) -> Callable[..., list[Expert]]:
         rng = random.Random(seed)
         experts = []
         for k in range(count):
-            targets = rng.sample(modules[backbone.family], rng.randint(1, 3))
+            family = "ofa" if isinstance(backbone, TinyOFA) else backbone.family
+            targets = rng.sample(modules[family], rng.randint(1, 3))
             options: dict[str, Any] = {
                 "r": rng.choice((1, 2, 3, 5)), "lora_alpha": rng.choice((1, 4, 7)), "use_rslora": rng.random() < 0.5,
                 "target_modules": sorted(targets),
             }  # fmt: skip
-            patterned = rng.random() < 0.5 and first[backbone.family].rpartition(".")[2] in targets
+            patterned = rng.random() < 0.5 and first[family].rpartition(".")[2] in targets
             if patterned:
-                options |= {"alpha_pattern": {first[backbone.family]: 3}, "rank_pattern": {first[backbone.family]: 4}}
+                options |= {"alpha_pattern": {first[family]: 3}, "rank_pattern": {first[family]: 4}}
             experts.append(random_expert(backbone, method, 100 * seed + k, **options))
         return experts
 

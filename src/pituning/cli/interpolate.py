@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pituning.training.interpolate import Interpolation
 
 TrainMode = Literal["experts", "shared", "weights", "none"]
-Granularity = Literal["model", "layer", "module", "tensor"]
+Granularity = Literal["model", "layer", "attention", "module", "tensor"]
 IncludeOwn = Literal["auto", "yes", "no"]
 _OWN: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
 _PANEL = "Interpolation"
@@ -64,9 +64,14 @@ def interpolate(
             rich_help_panel=_PANEL,
         ),
     ] = "score",
-    granularity: Annotated[Granularity, typer.Option(help="What has a weight of its own.", rich_help_panel=_PANEL)] = (
-        "module"
-    ),
+    granularity: Annotated[
+        Granularity,
+        typer.Option(
+            help="What has a weight of its own: every adapted module; or every attention block, all of its projections "
+            "together, and every other module; or whole layers; …",
+            rich_help_panel=_PANEL,
+        ),
+    ] = ("module"),
     rank: Annotated[
         int | None,
         typer.Option(

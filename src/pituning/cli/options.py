@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,7 +20,11 @@ TaskName = Annotated[
     str,
     typer.Argument(metavar="TASK", help="A built-in task such as sst2, or the name of your own.", show_default=False),
 ]
-Method = Annotated[str, typer.Option(metavar="NAME", help="How the backbone is adapted: lora or bottleneck.")]
+Method = Annotated[
+    str, typer.Option(metavar="NAME", help="How the backbone is adapted: lora, bottleneck, prefix or bitfit.")
+]
+
+TaskKind = Literal["classification", "grounding"]
 
 _DATA, _OWN_DATA, _MODEL, _SAVING = "Data", "Your own data", "Model", "Saving"
 
@@ -38,7 +42,10 @@ class DataOptions:
     shots: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Use so many training examples per class, not all of them.", rich_help_panel=_DATA
+            metavar="N",
+            min=1,
+            help="Use so many training examples per class, or in all where there are no classes.",
+            rich_help_panel=_DATA,
         ),
     ] = None
     seed: Annotated[
@@ -71,24 +78,27 @@ class DataOptions:
         str | None,
         typer.Option(metavar="NAME", help="Column of the label value, default 'label'.", rich_help_panel=_OWN_DATA),
     ] = None
+    task_kind: Annotated[
+        TaskKind,
+        typer.Option(
+            help="What your files hold: texts with labels, or grounding: pictures, a text, and where it is "
+            "(columns image, text, x0, y0, x1, y1).",
+            rich_help_panel=_OWN_DATA,
+        ),
+    ] = "classification"
 
     def load(self, name: str) -> Task:
         """The task: from own files where they are given, otherwise the built-in one of that name."""
-        from pituning.tasks import load_task, task_from_files
+        from pituning.tasks import load_task
 
         if not self.own_files:
-            if self.labels or self.text_column or self.label_column:
+            if self.labels or self.text_column or self.label_column or self.task_kind != "classification":
                 raise typer.BadParameter(
-                    "--labels, --text-column and --label-column describe your own data: add --train-file or --test-file"
+                    "--task-kind, --labels, --text-column and --label-column describe your own data: "
+                    "add --train-file or --test-file"
                 )
             return load_task(name, shots=self.shots, seed=self.seed, data=self.data)
-        task = task_from_files(
-            name,
-            self.own_files,
-            self._label_texts(),
-            texts=self.text_column or ["text"],
-            label=self.label_column or "label",
-        )
+        task = self._grounding(name) if self.task_kind == "grounding" else self._classification(name)
         return task if self.shots is None else task.few_shot(self.shots, self.seed)
 
     @property
@@ -96,6 +106,27 @@ class DataOptions:
         """The user's own files by split."""
         files = {"train": self.train_file, "test": self.test_file}
         return {split: path for split, path in files.items() if path is not None}
+
+    def _classification(self, name: str) -> Task:
+        from pituning.tasks import task_from_files
+
+        return task_from_files(
+            name,
+            self.own_files,
+            self._label_texts(),
+            texts=self.text_column or ["text"],
+            label=self.label_column or "label",
+        )
+
+    def _grounding(self, name: str) -> Task:
+        from pituning.tasks import grounding_from_files
+
+        if self.labels or self.text_column or self.label_column:
+            raise typer.BadParameter(
+                "a grounding file has no labels and its columns have fixed names: leave out --labels, --text-column and "
+                "--label-column"
+            )
+        return grounding_from_files(name, self.own_files)
 
     def _label_texts(self) -> dict[str, str]:
         texts = dict(label.split("=", 1) for label in self.labels or () if "=" in label)

@@ -70,7 +70,7 @@ def show(
         ("task", card.task),
         ("method", card.method),
         ("backbone", f"{card.backbone} {card.fingerprint}".strip()),
-        ("trained on", "all examples" if card.shots is None else f"{card.shots} per class, seed {card.seed}"),
+        ("trained on", f"{_shots(card)}, seed {card.seed}" if card.shots is not None else "all examples"),
         ("parameters", f"{card.parameters:,} in {len(expert.tensors)} tensors"),
         ("answers", "; ".join(card.choices)),
         *((metric, f"{value:.4f}") for metric, value in card.metrics.items()),
@@ -83,6 +83,10 @@ def show(
         {**asdict(card), "tensors": shapes},
         table(f"Expert {card.name}", ["", ""], [[fact, value] for fact, value in facts if value]),
     )
+
+
+def _shots(card: ExpertCard) -> str:
+    return f"{card.shots} per class" if card.choices else f"{card.shots} examples"
 
 
 @pool_app.command("verify")

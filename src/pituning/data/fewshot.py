@@ -13,15 +13,17 @@ from pituning.example import Example
 def draw_shots(examples: Sequence[Example], shots: int, seed: int) -> tuple[Example, ...]:
     """Draw ``shots`` examples per class; for the same seed 4 shots are among the 16, and those among the 64.
 
-    Tasks without choices count as one class. The draw does not depend on the order of ``examples``, only on their ids.
+    For tasks without choices a shot is one example. The draw does not depend on the order of ``examples``, only on their ids.
 
     Raises:
-        DataError: if a class has fewer examples than shots.
+        DataError: if a class (or a task without choices) has fewer examples than shots.
     """
     if shots < 1:
         raise DataError(f"shots must be at least 1, not {shots}")
     drawn = []
     for name, members in sorted(_by_class(examples).items()):
+        if len(members) < shots and not members[0].choices:
+            raise DataError(f"{shots} shots asked for, but there are only {len(members)} examples")
         if len(members) < shots:
             raise DataError(f"{shots} shots per class asked for, but class {name!r} has only {len(members)} examples")
         members = sorted(members, key=lambda e: e.id)

@@ -55,7 +55,7 @@ class InterpolationSection(_Strict):
     reference: Literal["shared", "own"] = "shared"
     top: int = Field(default=3, ge=1)
     train: Literal["experts", "shared", "weights", "none"] = "experts"
-    granularity: Literal["model", "layer", "module", "tensor"] = "module"
+    granularity: Literal["model", "layer", "attention", "module", "tensor"] = "module"
     init: Literal["score", "uniform"] = "score"
     include_own: Literal["auto", True, False] = "auto"
     alternatives: bool = True

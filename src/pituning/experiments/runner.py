@@ -188,6 +188,7 @@ def _compare(
         "backbone": recipe.backbone,
         "method": recipe.method,
         "shots": recipe.shots,
+        "choices": len(target.choices),
         "precision": recipe.precision,
         "training_seeds": len(recipe.training_seeds),
         "arms": [
@@ -237,7 +238,7 @@ def _summary(results: Mapping[str, Any]) -> str:
     if "pi" not in by_name:
         return ""
     text = f"π reaches {by_name['pi']:.1%} {results['metric']} on {results['target']} "
-    text += f"from {results['shots']} examples per class"
+    text += f"from {results['shots']} examples{' per class' * bool(results['choices'])}"
     for difference in results["differences"]:
         interval = ""
         if difference["low"] is not None:

@@ -1,5 +1,6 @@
 """Named tasks and tasks from the user's own files."""
 
+from pituning.tasks.grounding import GroundingRow, grounding_from_files, grounding_from_rows
 from pituning.tasks.task import (
     Task,
     TaskDefinition,
@@ -11,8 +12,11 @@ from pituning.tasks.task import (
 )
 
 __all__ = [
+    "GroundingRow",
     "Task",
     "TaskDefinition",
+    "grounding_from_files",
+    "grounding_from_rows",
     "load_task",
     "register_task",
     "task_from_datasets",

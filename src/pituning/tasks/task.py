@@ -25,10 +25,10 @@ class Task:
 
     Attributes:
         name: registry name or a name of the user's own.
-        choices: label texts in label order.
+        choices: label texts in label order; empty for open-ended tasks.
         splits: ``train``, ``dev`` and ``test``; a few-shot task has no ``dev``: its shots include validation.
         metric: name of the metric that :func:`pituning.evaluate` reports first.
-        shots: examples per class in ``train``; ``None`` for full data.
+        shots: examples per class in ``train`` (for open-ended tasks, examples); ``None`` for full data.
         seed: seed of the few-shot draw.
     """
 
@@ -55,14 +55,15 @@ class Task:
         return tuple(order[:limit])
 
     def few_shot(self, shots: int, seed: int = 0) -> Task:
-        """The same task with ``shots`` labelled examples per class, drawn from the training split."""
+        """The same task with ``shots`` labelled examples per class (or in all, where there are none) of the training split."""
         drawn = draw_shots(self.split("train"), shots, seed)
         splits = {"train": drawn, "test": self.splits.get("test", ())}
         return replace(self, splits=splits, shots=shots, seed=seed)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{k} {len(v)}" for k, v in self.splits.items())
-        return f"Task({self.name!r}, {len(self.choices)} choices, {sizes})"
+        answers = f"{len(self.choices)} choices" if self.choices else "open-ended"
+        return f"Task({self.name!r}, {answers}, {sizes})"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Few-shot decisions by cross-fitting: learning rate and number of steps come from the log-loss on held-out folds.
 
 Accuracy on eight examples is a lottery; the log-loss of the same eight is not. The held-out predictions of all folds are
-pooled, and their log-loss is read after one temperature, so that mere overconfidence does not stop a run too early. Every
-arm of a comparison uses the same grid and the same folds.
+pooled, and their log-loss is read after one temperature, so that mere overconfidence does not stop a run too early. For
+open-ended tasks it is −log p of the whole target, per example, as it is. Every arm of a comparison uses the same grid and
+the same folds.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class CrossFit:
     """The outcome: the best cell, its held-out calibrated log-loss, and the whole grid.
 
     Attributes:
-        plain_loss: the same without calibration.
+        plain_loss: the same without calibration (of open-ended tasks nothing is calibrated).
         curves: learning rate → step → calibrated log-loss over the held-out examples of all folds.
         losses: the best cell's loss per held-out example; the order is the same for every start.
     """
@@ -139,7 +140,7 @@ def _fold_curve(
     rate: float,
     seed: int,
 ) -> Mapping[int, Tensor]:
-    """Held-out log p(choice) by step, of one fold at one learning rate."""
+    """Held-out log p by step, of one fold at one learning rate."""
     (mixture, config), (train, held_out) = begun, parts
     if any(p.requires_grad for p in mixture.parameters()):
         settings = search.settings(rate, search.steps, seed)

@@ -139,7 +139,8 @@ def choose(
         train: ``"experts"`` (the paper: α and all φ_k), ``"shared"`` (frozen experts, α and one trainable δ: less memory;
             for LoRA, δ starts at zero and wants a learning rate about three times higher), ``"weights"`` (α only) or
             ``"none"`` (a soup).
-        granularity: who shares weights: ``model``, ``layer``, ``module`` (the paper) or ``tensor``.
+        granularity: who shares weights: ``model``, ``layer``, ``attention`` (the paper's LoRA), ``module`` (its adapters) or
+            ``tensor``; see :func:`pituning.interpolation.build.group_name`.
         init: starting weights: ``"uniform"``, ``"similarity"`` (softmax of ``similarities``), ``"score"`` (from each
             expert's log-loss on the shots) or K numbers.
         include_own: whether the own expert is one of the blended; ``"auto"`` lets cross-fitting decide. Where it is,

@@ -39,6 +39,10 @@ class MixtureModel(nn.Module):
 
     def forward(self, **batch: Any) -> Tensor:
         """Per-example loss, shape ``[batch]``."""
+        return self.loss(batch)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Per-example loss, shape ``[batch]``."""
         return self._run("loss", batch)
 
     def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:

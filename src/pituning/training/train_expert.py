@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pituning.interpolation.build import build_mixture
 from pituning.interpolation.collapse import collapse
 from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import config_dict, initial_tensors
+from pituning.methods.prefix import folded, is_folded
 from pituning.methods.presets import make_config
 from pituning.tasks.task import Task
 from pituning.training.crossfit import CrossFit, Search, cross_fit, fold_examples
@@ -57,6 +58,9 @@ def train_expert(
     initial = initial_tensors(backbone, config)
     examples = task.split("train")
     record: dict[str, Any] = {"family": backbone.family, "examples": len(examples)}
+    record["architecture"] = backbone.model.config.model_type
+    if not is_folded(config):
+        record["projection"] = {"projection": True, "projection_dim": config["projection_dim"]}
     metrics: dict[str, float] = {}
     held_out = () if task.shots is not None or not task.splits.get("dev") else task.split("dev", _DEV_LIMIT)
     if settings is None and task.shots is not None:
@@ -79,14 +83,14 @@ def train_expert(
         fingerprint=backbone.fingerprint,
         task=task.name,
         method=method,
-        init_hash=tensor_hash(initial),
+        init_hash=tensor_hash(folded(config, initial)[1]),
         shots=task.shots,
         seed=task.seed,
         choices=task.choices,
         metrics=metrics,
         training=record,
     )
-    return collapse(mixture, carried, card).expert
+    return _finished(mixture, carried, card)
 
 
 def start_from(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Mixture, dict[str, Any]]:
@@ -101,7 +105,8 @@ def fold_experts(
 
     α and every later decision may only be fitted on shots that an expert has not seen; these are the experts for that.
     """
-    initial = initial_tensors(backbone, own.config)
+    trained_as = {**own.config, **own.card.training.get("projection", {})}
+    initial = initial_tensors(backbone, trained_as)
     known = {f.name for f in fields(TrainSettings)}
     recorded = {k: v for k, v in own.card.training.items() if k in known}
     if recorded.keys() != known:
@@ -118,10 +123,17 @@ def fold_experts(
     settings = TrainSettings(**recorded).with_(seed=seed)
     experts: dict[int | None, Expert] = {None: own}
     for fold in range(search.folds):
-        mixture, config = start_from(initial, own.config)
+        mixture, config = start_from(initial, trained_as)
         fit(backbone, mixture, config, fold_examples(task.split("train"), search, fold), settings)
-        experts[fold] = collapse(mixture, config, own.card).expert
+        experts[fold] = _finished(mixture, config, own.card)
     return experts
+
+
+def _finished(mixture: Mixture, config: Mapping[str, Any], card: ExpertCard) -> Expert:
+    """The trained expert; a prefix that was trained through a network becomes the plain prefix that it makes."""
+    trained = collapse(mixture, config, card).expert
+    settings, tensors = folded(trained.config, trained.tensors)
+    return Expert(tensors, settings, replace(trained.card, parameters=sum(t.numel() for t in tensors.values())))
 
 
 __all__ = ["CrossFit", "Search", "TrainSettings", "fold_experts", "start_from", "train_expert"]

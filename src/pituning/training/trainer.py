@@ -61,7 +61,13 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a run reports by step: held-out log-loss, held-out log p(choice) ``[examples, choices]``, training loss."""
+    """What a run reports by step.
+
+    Attributes:
+        held_out: held-out log-loss.
+        held_out_log_p: rows of :func:`pituning.training.evaluation.log_probabilities` of the held-out examples.
+        training: training loss.
+    """
 
     held_out: Mapping[int, float] = field(default_factory=dict)
     held_out_log_p: Mapping[int, Tensor] = field(default_factory=dict)

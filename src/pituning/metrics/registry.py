@@ -1,0 +1,52 @@
+"""Metrics by name, with the kind of answer that each of them compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pituning.errors import unknown_name
+from pituning.metrics import boxes, classification, text
+
+Answers = Literal["choice", "box", "text"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
+
+    Attributes:
+        answers: what it compares: positions among closed choices, boxes (or ``None``), or texts.
+        compute: from the right answers and those found, in the same order, to a value; larger = better.
+    """
+
+    name: str
+    answers: Answers
+    compute: Callable[[Sequence[Any], Sequence[Any]], float]
+
+
+_METRICS = {
+    **{name: Metric(name, "choice", compute) for name, compute in classification.METRICS.items()},
+    **{name: Metric(name, "box", compute) for name, compute in boxes.METRICS.items()},
+    **{name: Metric(name, "text", compute) for name, compute in text.METRICS.items()},
+}
+
+
+def metric_named(name: str) -> Metric:
+    """A metric by its name.
+
+    >>> metric_named("accuracy").compute([0, 1, 1], [0, 1, 0])  # doctest: +ELLIPSIS
+    0.666...
+
+    Raises:
+        UnknownNameError: for another name.
+    """
+    if name not in _METRICS:
+        raise unknown_name("metric", name, _METRICS)
+    return _METRICS[name]
+
+
+def metric_names(answers: Answers) -> list[str]:
+    """Names of the metrics that compare answers of one kind."""
+    return [name for name, metric in _METRICS.items() if metric.answers == answers]
