@@ -233,7 +233,7 @@ def _arguments(
         per_device_train_batch_size=batch_size,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=max(1, round(settings.warmup * steps)) if settings.warmup else 0,
+        warmup_steps=round(settings.warmup * steps),  # the first of them has rate 0: a run of a few steps has none
         max_grad_norm=settings.max_grad_norm,
         weight_decay=settings.weight_decay,
         logging_strategy="steps" if folder or progress else "no",

@@ -10,49 +10,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 
 from pituning import load_backbone
 from pituning.backbones.ofa.backbone import OFABackbone
-from pituning.backbones.ofa.processing import OFAProcessor
 from pituning.errors import DataError, PituningError, RefusedError
 from pituning.example import Example
 from pituning.methods import attached, initial_tensors, make_config
-from tests.backbones.ofa.conftest import build_ofa
-
-LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-PIECES = ["Ġ", *LETTERS, *(f"Ġ{letter}" for letter in LETTERS)]
-BINS = [f"<bin_{i}>" for i in range(20)]
-SYMBOLS = ["<s>", "<pad>", "</s>", "<unk>", *PIECES, "<mask>", *BINS]
-CHOICES = ("yes", "yet", "no")
-
-
-def build_backbone(dtype: torch.dtype = torch.float32, **settings: Any) -> OFABackbone:
-    """A tiny OFA that reads letters and pictures of 32 × 32 pixels."""
-    processor = OFAProcessor.from_symbols(
-        SYMBOLS, [("Ġ", letter) for letter in LETTERS], image_size=32, max_image_size=32
-    )
-    return OFABackbone("tiny-ofa", build_ofa(dtype, vocab_size=len(SYMBOLS), **settings), processor)
-
-
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
-
-
-def closed(count: int = 4) -> list[Example]:
-    """Examples with closed answers of one, two and three tokens in common; every second one has a picture."""
-    return [
-        Example(f"e{i}", ("x",), " is it" + " a" * i, CHOICES[i % 3], CHOICES, image=picture(i) if i % 2 else None)
-        for i in range(count)
-    ]
-
-
-def boxes(count: int = 3) -> list[Example]:
-    return [
-        Example(f"b{i}", ("x",), " where" + " a" * i, "1,2,20,25", image=picture(i), box=(1.0 + i, 2.0, 20.0, 25.0))
-        for i in range(count)
-    ]
+from tests.backbones.ofa.conftest import CHOICES, SYMBOLS, boxes, build_backbone, build_ofa, closed
 
 
 def alone(backbone: OFABackbone, examples: Sequence[Example]) -> torch.Tensor:
