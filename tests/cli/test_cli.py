@@ -27,7 +27,19 @@ from pituning.version import __version__
 from tests.conftest import BackboneOf, RandomExamples, RandomExpert
 
 LABELS = ["--labels", "neg=a negative remark", "--labels", "pos=a positive remark"]
-VERBS = ["train", "embed", "rank", "interpolate", "eval", "run", "pool list", "pool show", "pool verify", "pool audit"]
+VERBS = [
+    "train",
+    "embed",
+    "rank",
+    "interpolate",
+    "eval",
+    "run",
+    "convert",
+    "pool list",
+    "pool show",
+    "pool verify",
+    "pool audit",
+]
 
 
 def run(*arguments: object, code: int = 0) -> Any:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pituning.cli.convert import convert
 from pituning.cli.embed import embed
 from pituning.cli.eval import evaluate
 from pituning.cli.interpolate import interpolate
@@ -37,6 +38,7 @@ app.command()(rank)
 app.command()(interpolate)
 app.command("eval")(evaluate)
 app.command()(run)
+app.command()(convert)
 app.add_typer(pool_app, name="pool", help="Look after a pool: list, show, verify and audit its experts.")
 
 

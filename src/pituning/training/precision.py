@@ -17,7 +17,9 @@ from pituning.errors import PituningError, unknown_name
 PRECISIONS = ("auto", "fp32", "bf16")
 
 _WITHOUT_AMX = "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
-_PROBE = "import torch; x = torch.ones(32, 768, dtype=torch.bfloat16); (x @ torch.ones(768, 768).bfloat16()).sum().item()"
+_PROBE = (
+    "import torch; x = torch.ones(32, 768, dtype=torch.bfloat16); (x @ torch.ones(768, 768).bfloat16()).sum().item()"
+)
 
 
 @contextmanager

@@ -233,7 +233,8 @@ def _arguments(
         per_device_train_batch_size=batch_size,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=round(settings.warmup * steps),  # the first of them has rate 0: a run of a few steps has none
+        # the first warm-up step has rate 0, so that a run of a few steps must have none
+        warmup_steps=round(settings.warmup * steps),
         max_grad_norm=settings.max_grad_norm,
         weight_decay=settings.weight_decay,
         logging_strategy="steps" if folder or progress else "no",

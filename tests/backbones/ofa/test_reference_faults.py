@@ -1,8 +1,8 @@
 """The faults of the official code that could be ours as well, by their numbers in the list of its 37 faults.
 
 Some are shown elsewhere: 6, 8, 9, 26, 36 in test_checkpoint.py, test_fairseq_experts.py and tests/cli/test_convert.py; 13 in
-tests/similarity/test_fisher.py; 15 in tests/similarity; 16 in test_generation.py as well; 18 in tests/parity/test_ofa_methods.py; 19
-and 23 in test_modeling.py. Faults of released files, scripts, dead options and data readers (1-5, 21, 27, 29, 34, 35) have no
+tests/similarity/test_fisher.py; 15 in tests/similarity; 16 in test_generation.py as well; 18 in tests/parity; 19 and 23 in
+test_modeling.py. Faults of released files, scripts, dead options and data readers (1-5, 21, 27, 29, 34, 35) have no
 counterpart here; that everything runs on Python 3.11, on CPU, as one plain process is what this whole suite shows.
 """
 

@@ -109,7 +109,9 @@ class OFABackbone(Backbone):
         """
         if options.pop("do_sample", False):
             inputs = {k: batch[k] for k in INPUTS if k in batch}
-            drawn = self.model.generate(**inputs, **{"max_new_tokens": TEXT_SEARCH.max_len_b, **options}, do_sample=True)
+            drawn = self.model.generate(
+                **inputs, **{"max_new_tokens": TEXT_SEARCH.max_len_b, **options}, do_sample=True
+            )
             return [self.processor.decode(row.tolist()) for row in drawn]
         beams = options.pop("num_beams", TEXT_SEARCH.beam)
         settings = replace(TEXT_SEARCH, beam=beams, **options)
@@ -141,4 +143,3 @@ class OFABackbone(Backbone):
 
     def _trie(self, choices: Sequence[str]) -> TokenTrie:
         return TokenTrie([self._answer(c) for c in choices])
-

@@ -1,0 +1,228 @@
+"""Speed and memory of OFA against the recorded figures of the reference implementation, same shapes and modes.
+
+Run: python benchmarks/speed/ofa.py [--sizes tiny base] [--only adapter] [--repeats 5] [--probe PATH] [--json FILE]
+
+Every case runs in a process of its own: 2 threads, float32, image 256×256, source 20 tokens, target 5, adapter r = 128,
+LoRA r = 16 on q, k, v, out, prefix 100 + 100; training mode with dropout 0.1 and drop-path 0.2, forward and backward without
+an optimizer step. The reference's seconds (official code, CPU, 2 threads) and its machine's probe time are facts recorded
+beside it: absolute times compare only in units of ``speed_probe.py``, which runs before and after each case (``--probe``).
+``ratio`` is (ours / our probe) / (reference / its probe); below 1 is faster than the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pituning.backbones.base import Backbone, Batch
+from pituning.backbones.ofa.configuration import OFAConfig
+from pituning.backbones.ofa.generation import BeamSettings, beam_search
+from pituning.backbones.ofa.loss import label_smoothed_nll
+from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
+from pituning.example import Example
+from pituning.experts import Expert, ExpertCard
+from pituning.interpolation import build_mixture
+from pituning.interpolation.collapse import collapse
+from pituning.methods import attached, config_dict, initial_tensors, make_config
+from pituning.similarity.fisher import fisher_diagonal
+from pituning.training.module import running
+
+PROBE_OF_REFERENCE = 0.34  # seconds, median beside the reference's cases
+
+# (mode, method, experts, batch): seconds and peak MB of the reference for ofa_tiny, then for ofa_base
+REFERENCE: dict[tuple[str, str, int, int], tuple[float, int, float, int]] = {
+    ("train", "full", 1, 2): (0.594, 1256, 1.880, 2855),
+    ("train", "adapter", 1, 2): (0.270, 754, 0.940, 1650),
+    ("train", "adapter", 2, 2): (0.308, 763, 1.062, 1749),
+    ("train", "adapter", 4, 2): (0.333, 786, 1.258, 1845),
+    ("train", "adapter", 8, 2): (0.442, 856, 1.605, 2100),
+    ("train", "lora", 1, 2): (0.272, 753, 0.993, 1703),
+    ("train", "lora", 2, 2): (0.343, 839, 1.377, 2183),
+    ("train", "lora", 4, 2): (0.456, 954, 1.951, 2946),
+    ("train", "lora", 8, 2): (0.655, 1172, 3.240, 4325),
+    ("train", "prefix", 1, 2): (0.267, 757, 0.985, 1645),
+    ("train", "prefix", 2, 2): (0.282, 744, 1.088, 1685),
+    ("train", "prefix", 4, 2): (0.290, 766, 1.178, 1737),
+    ("train", "adapter", 1, 4): (0.482, 839, 1.829, 2057),
+    ("train", "adapter", 4, 4): (0.677, 946, 2.461, 2441),
+    ("train", "lora", 1, 4): (0.484, 879, 1.888, 2164),
+    ("train", "lora", 4, 4): (0.808, 1239, 3.901, 4162),
+    ("fisher", "adapter", 1, 2): (0.254, 770, 0.967, 1681),
+    ("beam", "full", 1, 2): (0.249, 728, 1.036, 1449),
+    ("beam", "adapter", 1, 2): (0.305, 725, 1.227, 1442),
+    ("beam", "adapter", 4, 2): (0.347, 726, 1.283, 1455),
+    ("beam", "adapter", 8, 2): (0.392, 738, 1.380, 1549),
+    ("beam", "lora", 1, 2): (0.305, 695, 1.150, 1432),
+    ("beam", "lora", 4, 2): (0.464, 838, 2.317, 2039),
+    ("beam", "prefix", 1, 2): (0.330, 728, 1.272, 1474),
+    ("beam", "prefix", 4, 2): (0.474, 782, 2.033, 1785),
+}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapter": ("bottleneck", {"r": 128, "dropout": "drop-path"}),
+    "lora": ("lora", {"r": 16, "lora_alpha": 1}),
+    "prefix": ("prefix", {"length": 100}),
+}
+
+
+class FixedBatch(Backbone):
+    """OFA on one random batch of fixed shape, with the reference's loss."""
+
+    family = "seq2seq"
+
+    def __init__(self, model: OFAForConditionalGeneration, batch: int) -> None:
+        super().__init__("ofa", model, tokenizer=None)
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = {
+            "input_ids": torch.randint(4, 50000, (batch, 20), generator=generator),
+            "patch_images": torch.randn(batch, 3, 256, 256, generator=generator),
+        }
+        self.labels = torch.randint(4, 50000, (batch, 5), generator=generator)
+
+    def adaptable(self, method: str) -> list[str]:
+        """The places of the paper's code."""
+        places = {"lora": ["q_proj", "k_proj", "v_proj", "out_proj"], "prefix": ["self_attn"]}
+        return places.get(method, ["self_attn_output", "ffn_output"])
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """The batch, whatever the examples are."""
+        return {}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Label smoothing 0.1, per example."""
+        shifted = self.model.prepare_decoder_input_ids_from_labels(self.labels)
+        logits = self.model(**self.inputs, decoder_input_ids=shifted).logits
+        return label_smoothed_nll(logits, self.labels, 0.1)
+
+    def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
+        """Not measured."""
+        raise NotImplementedError
+
+
+def child(size: str, mode: str, method: str, experts: int, batch: int, repeats: int) -> dict[str, Any]:
+    """Measure one case in this process."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    rates = {"encoder_drop_path_rate": 0.2, "decoder_drop_path_rate": 0.2}
+    backbone = FixedBatch(OFAForConditionalGeneration(OFAConfig.of_size(size, **rates)), batch)
+    parameters = sum(p.numel() for p in backbone.model.parameters())
+    if method == "full":
+        backbone.model.requires_grad_(True)
+        times = _repeat(_full_step(backbone, mode), repeats)
+        return _result(times, parameters, parameters)
+    name, options = METHODS[method]
+    config = config_dict(make_config(name, backbone, **options))
+    pool = [_random_expert(initial_tensors(backbone, config), config, seed) for seed in range(experts)]
+    trained = sum(t.numel() for e in pool for t in e.tensors.values())
+    if mode == "fisher":
+        examples = [Example(str(i), ("",), "", "") for i in range(batch)]
+        expert = pool[0]
+        return _result(_repeat(lambda: fisher_diagonal(backbone, expert, examples), repeats), parameters, trained)
+    mixture, carried = build_mixture(pool, train="experts")
+    pool.clear()  # the mixture has copies of its own
+    if mode == "beam":
+        expert = collapse(mixture, carried, ExpertCard("mixed")).expert
+        with attached(backbone, expert.config, expert.tensors):
+            return _result(_repeat(_full_step(backbone, mode), repeats), parameters, trained)
+    with running(backbone, mixture, carried) as model:
+        backbone.model.train()
+        model.train()
+
+        def step() -> None:
+            model.zero_grad()
+            model().sum().backward()
+
+        return _result(_repeat(step, repeats), parameters, trained)
+
+
+def _full_step(backbone: FixedBatch, mode: str) -> Callable[[], object]:
+    if mode == "beam":
+        settings = BeamSettings(beam=5, min_len=4, max_len_b=4)
+        return lambda: beam_search(backbone.model, backbone.model.get_encoder()(**backbone.inputs), settings)
+    backbone.model.train()
+
+    def step() -> None:
+        backbone.model.zero_grad()
+        backbone.loss({}).sum().backward()
+
+    return step
+
+
+def _repeat(step: Callable[[], object], repeats: int) -> list[float]:
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times[2:]
+
+
+def _result(times: list[float], parameters: int, trained: int) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return {"seconds": statistics.median(times), "peak_mb": peak, "parameters": parameters, "trained": trained}
+
+
+def _random_expert(initial: dict[str, Tensor], config: dict[str, Any], seed: int) -> Expert:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {k: t + 0.01 * torch.randn(t.shape, generator=generator) for k, t in initial.items()}
+    return Expert(tensors, config, ExpertCard(f"random {seed}"))
+
+
+def main() -> None:
+    """Run every case in its own process and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "base"])
+    parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--probe", type=Path, default=Path("../shared/tools/speed_probe.py"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        size, mode, method, experts, batch = arguments.child
+        print(json.dumps(child(size, mode, method, int(experts), int(batch), arguments.repeats)))
+        return
+    rows = []
+    for size in arguments.sizes:
+        for case, reference in REFERENCE.items():
+            mode, method, experts, batch = case
+            name = f"{size} {mode} {method} K={experts} batch={batch}"
+            if not all(word in name.split() for word in arguments.only):
+                continue
+            before = _probe(arguments.probe)
+            command = [sys.executable, __file__, "--repeats", str(arguments.repeats), "--child", size, mode, method]
+            output = subprocess.run([*command, str(experts), str(batch)], stdout=subprocess.PIPE, text=True, check=True)
+            row = {"case": name, **json.loads(output.stdout.splitlines()[-1])}
+            row["probe_seconds"] = statistics.mean((before, _probe(arguments.probe)))
+            seconds, peak = reference[:2] if size == "tiny" else reference[2:]
+            row |= {"reference_seconds": seconds, "reference_peak_mb": peak}
+            row["ratio"] = row["seconds"] / row["probe_seconds"] / (seconds / PROBE_OF_REFERENCE)
+            rows.append(row)
+            print(
+                f"{name:<34}{row['seconds']:7.3f} s (probe {row['probe_seconds']:.3f}) {row['peak_mb']:5d} MB   reference "
+                f"{seconds:.3f} s {peak:5d} MB   ratio {row['ratio']:.2f}",
+                file=sys.stderr,
+            )
+    report = json.dumps({"torch": torch.__version__, "rows": rows}, indent=1)
+    if arguments.json:
+        arguments.json.write_text(report + "\n")
+    print(report)
+
+
+def _probe(path: Path) -> float:
+    output = subprocess.run([sys.executable, path, "5"], stdout=subprocess.PIPE, text=True, check=True)
+    return float(output.stdout.split()[1])
+
+
+if __name__ == "__main__":
+    main()
