@@ -95,14 +95,16 @@ class FixedBatch(Backbone):
         return places.get(method, ["self_attn_output", "ffn_output"])
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """The batch, whatever the examples are."""
-        return {}
+        """The rows of the batch that the examples' ids name."""
+        return {"rows": [int(e.id) for e in examples]}
 
     def loss(self, batch: Batch) -> Tensor:
         """Label smoothing 0.1, per example."""
-        shifted = self.model.prepare_decoder_input_ids_from_labels(self.labels)
-        logits = self.model(**self.inputs, decoder_input_ids=shifted).logits
-        return label_smoothed_nll(logits, self.labels, 0.1)
+        rows = batch.get("rows", slice(None))
+        labels = self.labels[rows]
+        shifted = self.model.prepare_decoder_input_ids_from_labels(labels)
+        logits = self.model(**{k: v[rows] for k, v in self.inputs.items()}, decoder_input_ids=shifted).logits
+        return label_smoothed_nll(logits, labels, 0.1)
 
     def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
         """Not measured."""
@@ -148,7 +150,7 @@ def child(size: str, mode: str, method: str, experts: int, batch: int, repeats: 
 def _full_step(backbone: FixedBatch, mode: str) -> Callable[[], object]:
     if mode == "beam":
         settings = BeamSettings(beam=5, min_len=4, max_len_b=4)
-        return lambda: beam_search(backbone.model, backbone.model.get_encoder()(**backbone.inputs), settings)
+        return lambda: beam_search(backbone.model, backbone.inputs, settings)
     backbone.model.train()
 
     def step() -> None:

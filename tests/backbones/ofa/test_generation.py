@@ -11,14 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pituning.backbones.ofa.generation import (
-    BeamSettings,
-    Hypothesis,
-    TokenTrie,
-    beam_search,
-    score_answers,
-    target_log_probs,
-)
+from pituning.backbones.ofa.answers import score_answers, target_log_probs
+from pituning.backbones.ofa.constraints import TokenTrie
+from pituning.backbones.ofa.generation import BeamSettings, Hypothesis, beam_search
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.errors import PituningError
 from tests.backbones.ofa.conftest import build_ofa
@@ -187,18 +182,28 @@ def test_prompts_of_different_lengths(
         check_complete(found[n], enumerate_all(logits[n], settings, allowed_by(constraint), prompt))
 
 
-@pytest.mark.parametrize("beam", [1, 2, 4])
+@pytest.mark.parametrize("only", [(4, 8), (6, 8)])
+@pytest.mark.parametrize("temperature", [0.7, 3.0])
+@pytest.mark.parametrize("beam", [1, 2, 3, 5])
 def test_a_narrow_beam_is_the_definition_followed_step_by_step(
-    small: OFAForConditionalGeneration, small_inputs: Inputs, logits: list[LogProbs], beam: int
+    small: OFAForConditionalGeneration,
+    small_inputs: Inputs,
+    logits: list[LogProbs],
+    beam: int,
+    temperature: float,
+    only: tuple[int, int],
 ) -> None:
-    found = beam_search(small, small_inputs, BeamSettings(beam=beam, min_len=0, max_len_b=LONGEST))
+    settings = BeamSettings(beam=beam, min_len=0, max_len_b=LONGEST, temperature=temperature)
+    found = beam_search(small, small_inputs, settings, only=only)
+    allowed = [EOS, *range(*only)]
     for n, hypotheses in enumerate(found):
         live, ended = {(): 0.0}, {}
         for step in range(LONGEST + 1):
             total = {
-                (*prefix, token): score + float(logits[n][prefix].log_softmax(0)[token])
+                (*prefix, token): score + float(log_p)
                 for prefix, score in live.items()
-                for token in ([*CHOSEN, EOS] if step < LONGEST else [EOS])
+                for token, log_p in zip(allowed, (logits[n][prefix][allowed] / temperature).log_softmax(0), strict=True)
+                if step < LONGEST or token == EOS
             }
             best = sorted(total, key=lambda s: -total[s])[: 2 * beam]
             for sequence in [s for s in best[:beam] if s[-1] == EOS][: beam - len(ended)]:
@@ -270,6 +275,17 @@ def test_finished_sentences_leave_the_batch(small: OFAForConditionalGeneration, 
     assert len(set(last_steps)) > 1, "all sentences end together: this test shows nothing"
     open_sentences = [sum(last > step for last in last_steps) for step in range(max(last_steps))]
     assert shapes == [(n * (2 if step else 1), n) for step, n in enumerate(open_sentences)]
+
+
+def test_a_search_ends_with_its_last_possible_sequence(
+    small: OFAForConditionalGeneration, small_inputs: Inputs
+) -> None:
+    steps: list[int] = []
+    handle = small.model.decoder.register_forward_pre_hook(lambda m, a: steps.append(len(a[0])))
+    found = beam_search(small, small_inputs, BeamSettings(beam=7, max_len_b=30), trie=TRIE)
+    handle.remove()
+    assert [len(hypotheses) for hypotheses in found] == [len(ANSWERS)] * 3
+    assert len(steps) == 1 + max(map(len, ANSWERS))
 
 
 def test_the_search_leaves_no_trace(inputs: Inputs) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pituning.backbones.ofa.backbone import OFABackbone as OFABackbone
     from pituning.backbones.ofa.configuration import OFAConfig as OFAConfig
+    from pituning.backbones.ofa.constraints import TokenTrie as TokenTrie
     from pituning.backbones.ofa.generation import BeamSettings as BeamSettings
-    from pituning.backbones.ofa.generation import TokenTrie as TokenTrie
     from pituning.backbones.ofa.generation import beam_search as beam_search
     from pituning.backbones.ofa.modeling import OFAForConditionalGeneration as OFAForConditionalGeneration
     from pituning.backbones.ofa.modeling import OFAModel as OFAModel
@@ -24,7 +24,7 @@ _HOMES = {
     "OFABackbone": "backbone",
     "OFAConfig": "configuration",
     "BeamSettings": "generation",
-    "TokenTrie": "generation",
+    "TokenTrie": "constraints",
     "beam_search": "generation",
     "OFAForConditionalGeneration": "modeling",
     "OFAModel": "modeling",

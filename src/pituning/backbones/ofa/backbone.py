@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from pituning.backbones.base import Backbone, Batch, biased_modules
-from pituning.backbones.ofa.generation import BeamSettings, TokenTrie, beam_search, score_answers, target_log_probs
+from pituning.backbones.ofa.answers import score_answers, target_log_probs
+from pituning.backbones.ofa.constraints import TokenTrie
+from pituning.backbones.ofa.generation import BeamSettings, beam_search
 from pituning.backbones.ofa.modeling import OFAEncoderOutput, OFAForConditionalGeneration
 from pituning.backbones.ofa.processing import OFAProcessor
 from pituning.data.images import open_image

@@ -1,4 +1,4 @@
-"""Beam search and the scoring of given answers, with the semantics of OFA's own code.
+"""Beam search with the semantics of OFA's own code.
 
 `model.generate` cannot give the same scores by any settings: it forces the end of a sequence, orders the temperature among
 the other rules and handles finished beams differently.
@@ -8,7 +8,7 @@ Source: the behaviour of fairseq's sequence generator (Ott et al., "fairseq", NA
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,16 +16,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from pituning.backbones.ofa.answers import encoded_inputs, prompt_rows
 from pituning.backbones.ofa.configuration import OFAConfig
+from pituning.backbones.ofa.constraints import Constraint, Readout, TokenTrie, allowed_mask, special_tokens
 from pituning.backbones.ofa.modeling import OFAEncoderOutput, OFAForConditionalGeneration, new_cache
 from pituning.errors import PituningError
 
-SPECIAL = 4  # <s>, <pad>, </s> and <unk> are the first tokens of OFA's vocabulary
 UNK = 3
-ROWS_PER_PASS = 128  # bounds the logits of one decoder pass: 128 rows × 4 tokens × 59k words are 122 MB in float32
-SLOW_ROWS = range(8, 16)  # numbers of rows for which MKL takes twice as long as for 16, or with the weight on the left
 NEVER = float("-inf")
 
 
@@ -89,62 +87,6 @@ class Hypothesis:
     positional_scores: Tensor
 
 
-class TokenTrie:
-    """The token sequences that may be generated, by their beginnings.
-
-    Args:
-        sequences: without start and end tokens.
-        eos: the end token, which ends every sequence.
-
-    >>> trie = TokenTrie([[5, 6], [5], [7]])
-    >>> trie.allowed_next([]), trie.allowed_next([5]), trie.allowed_next([8])
-    ([5, 7], [2, 6], [2])
-    """
-
-    def __init__(self, sequences: Iterable[Sequence[int]] = (), eos: int = 2) -> None:
-        self.eos = eos
-        self._children: list[dict[int, int]] = [{}]
-        for sequence in sequences:
-            self.insert(sequence)
-
-    def insert(self, sequence: Sequence[int]) -> None:
-        """Allow one more sequence.
-
-        Raises:
-            PituningError: if the end token is inside it.
-        """
-        if self.eos in sequence:
-            raise PituningError(
-                f"the sequence {list(sequence)} holds the end token {self.eos}: leave it out, it is added to every sequence"
-            )
-        node = 0
-        for token in [*sequence, self.eos]:
-            if token not in self._children[node]:
-                self._children[node][token] = len(self._children)
-                self._children.append({})
-            node = self._children[node][token]
-
-    def allowed_next(self, prefix: Sequence[int]) -> list[int]:
-        """The tokens that may follow ``prefix``, ascending; the end token alone if nothing begins like that."""
-        node = self._find(prefix)
-        return [self.eos] if node is None else sorted(self._children[node])
-
-    def tokens(self) -> list[int]:
-        """All tokens of all sequences and the end token, ascending."""
-        return sorted({self.eos}.union(*self._children))
-
-    def __contains__(self, sequence: Sequence[int]) -> bool:
-        """Whether this whole sequence may be generated."""
-        node = self._find(sequence)
-        return node is not None and self.eos in self._children[node]
-
-    def _find(self, prefix: Sequence[int]) -> int | None:
-        node: int | None = 0
-        for token in prefix:
-            node = None if node is None else self._children[node].get(token)
-        return node
-
-
 def beam_search(
     model: OFAForConditionalGeneration,
     inputs: Mapping[str, Tensor] | OFAEncoderOutput,
@@ -177,10 +119,10 @@ def beam_search(
     with _evaluating(model), torch.no_grad():
         if not isinstance(inputs, OFAEncoderOutput):
             source_length = inputs["input_ids"].shape[1] if source_length is None else source_length
-        encoded = _encode(model, inputs)
-        prompts = _prompts(decoder_prompts, len(encoded.last_hidden_state), model.config)
+        encoded = encoded_inputs(model, inputs)
+        prompts = prompt_rows(decoder_prompts, len(encoded.last_hidden_state), model.config)
         max_len = _max_len(settings, source_length, prompts, model.config)
-        constraint = _Constraint.of(trie, allowed_range, only, model.config)
+        constraint = Constraint.of(trie, allowed_range, only, model.config)
         found = _search(model, encoded, _Rules(model, settings, max_len, constraint, prompts))
     if empty := [n for n, hypotheses in enumerate(found) if not hypotheses]:
         raise PituningError(
@@ -189,113 +131,6 @@ def beam_search(
             "model's output is not a number"
         )
     return [sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found]
-
-
-def score_answers(
-    model: OFAForConditionalGeneration,
-    inputs: Mapping[str, Tensor] | OFAEncoderOutput,
-    answers: Sequence[Sequence[int]],
-    *,
-    trie: TokenTrie | None = None,
-    decoder_prompts: Tensor | None = None,
-    rows_per_pass: int = ROWS_PER_PASS,
-) -> Tensor:
-    """Log-probability of each candidate as the whole answer to each example, its end included: ``[batch, answers]``.
-
-    Differentiable, in whatever mode the model is. The encoder runs once and no encoded source is repeated.
-
-    Args:
-        inputs: the encoder's arguments, or what it returned for them.
-        answers: tokens, without start and end.
-        trie: normalise every token's probability over the tokens that this trie allows there; over a trie of all the
-            answers the probabilities of the answers then sum to one.
-        decoder_prompts: ``[batch, length]``, tokens between the start token and the answer, padded on the right; they
-            have no share in the log-probability.
-        rows_per_pass: decoder rows, (example, answer) pairs, computed together.
-
-    Raises:
-        PituningError: if an answer is not in the trie.
-    """
-    encoded = _encode(model, inputs)
-    batch = len(encoded.last_hidden_state)
-    prompts = _prompts(decoder_prompts, batch, model.config)
-    readout = _Readout(model, None if trie is None else trie.tokens())
-    order = sorted(range(len(answers)), key=lambda n: len(answers[n]))  # answers of similar length need less padding
-    count = max(1, rows_per_pass // batch)
-    passes: list[Tensor] = []
-    for start in range(0, len(order), count):
-        chunk = [answers[n] for n in order[start : start + count]]
-        pairs = [_Pair(prompt, answer, trie) for prompt in prompts for answer in chunk]
-        passes.append(_pair_log_probs(model, encoded, pairs, readout).view(batch, len(chunk)))
-    if not passes:
-        return torch.zeros(batch, 0, dtype=readout.dtype, device=readout.device)
-    scores = torch.cat(passes, dim=1)
-    return scores.index_select(1, torch.tensor(order, device=scores.device).argsort())
-
-
-def target_log_probs(
-    model: OFAForConditionalGeneration,
-    inputs: Mapping[str, Tensor] | OFAEncoderOutput,
-    targets: Sequence[Sequence[int]],
-    *,
-    tries: Sequence[TokenTrie | None] | None = None,
-    decoder_prompts: Tensor | None = None,
-) -> Tensor:
-    """Log-probability of each example's own target, its end included: ``[batch]``.
-
-    Args:
-        targets: one per example; otherwise as in :func:`score_answers`.
-        tries: one per example, ``None`` where every token is allowed.
-
-    Raises:
-        PituningError: if a target is not in its trie, or their numbers differ from the batch.
-    """
-    encoded = _encode(model, inputs)
-    batch = len(encoded.last_hidden_state)
-    tries = [None] * batch if tries is None else tries
-    if len(targets) != batch or len(tries) != batch:
-        raise PituningError(f"{batch} examples need as many targets and tries, not {len(targets)} and {len(tries)}")
-    prompts = _prompts(decoder_prompts, batch, model.config)
-    known = [trie for trie in tries if trie is not None]
-    allowed = sorted({token for trie in set(known) for token in trie.tokens()}) if len(known) == batch else None
-    pairs = [_Pair(*pair) for pair in zip(prompts, targets, tries, strict=True)]
-    return _pair_log_probs(model, encoded, pairs, _Readout(model, allowed))
-
-
-class _Pair(NamedTuple):
-    """A decoder row to be scored."""
-
-    prompt: Sequence[int]
-    answer: Sequence[int]
-    trie: TokenTrie | None
-
-
-def _pair_log_probs(
-    model: OFAForConditionalGeneration, encoded: OFAEncoderOutput, pairs: Sequence[_Pair], readout: _Readout
-) -> Tensor:
-    """``[pairs]``; only the positions that write an answer are projected."""
-    bos, _, eos = _special_tokens(model.config)
-    row, place, target, prefixes = [], [], [], []
-    for index, (prompt, answer, trie) in enumerate(pairs):
-        if trie is not None and answer not in trie:
-            raise PituningError(
-                f"the answer with the tokens {list(answer)} is not in the trie: insert it, or use no trie"
-            )
-        for position, token in enumerate([*answer, eos]):
-            row.append(index)
-            place.append(len(prompt) + position)
-            target.append(token)
-            prefixes.append((trie, tuple(answer[:position])))
-    device = encoded.last_hidden_state.device
-    rows, places, targets = (torch.tensor(x, device=device) for x in (row, place, target))
-    written = pad_sequence([torch.tensor([bos, *p.prompt, *p.answer]) for p in pairs], batch_first=True).to(device)
-    # padding stands behind everything that is read, where the causal mask hides it
-    decoded = model.model.decoder(written, encoded, attention_mask=torch.ones_like(written))
-    logits = readout(decoded["last_hidden_state"][rows, places])
-    if any(p.trie is not None for p in pairs):
-        logits = logits.masked_fill(~_allowed(prefixes, readout), NEVER)
-    log_p = -F.cross_entropy(logits, readout.columns(targets), reduction="none")
-    return log_p.new_zeros(len(pairs)).index_add(0, rows, log_p)
 
 
 class _Beams(NamedTuple):
@@ -347,7 +182,6 @@ def _search(model: OFAForConditionalGeneration, encoded: OFAEncoderOutput, rules
         # each row has one end, so 2 · beam candidates hold at least `beam` that go on
         order = candidates.ends.int().argsort(dim=1, stable=True)[:, :beam]
         going = _Candidates(*(x.gather(1, order) for x in candidates))
-        going.total.masked_fill_(going.ends, NEVER)
         full = sentences.new_tensor([len(hypotheses) == beam for hypotheses in remaining], dtype=torch.bool)
         keep = (~full & (going.total[:, 0] > NEVER)).nonzero()[:, 0]
         if not len(keep):
@@ -380,34 +214,6 @@ def _hypothesis(
     return Hypothesis(tokens.cpu(), score, history.diff(prepend=history.new_zeros(1)).cpu())
 
 
-class _Constraint(NamedTuple):
-    """Tokens that can be allowed at all, and the trie that says where, if there is one."""
-
-    tokens: list[int]
-    trie: TokenTrie | None
-
-    @classmethod
-    def of(
-        cls,
-        trie: TokenTrie | None,
-        allowed_range: tuple[int, int] | None,
-        only: tuple[int, int] | None,
-        config: OFAConfig,
-    ) -> _Constraint | None:
-        if sum(x is not None for x in (trie, allowed_range, only)) > 1:
-            raise PituningError("trie, allowed_range and only exclude one another: give one of them")
-        if trie is not None:
-            return cls(trie.tokens(), trie)
-        start, end = allowed_range or only or (SPECIAL, config.vocab_size)
-        if not SPECIAL <= start < end <= config.vocab_size:
-            raise PituningError(
-                f"the range ({start}, {end}) of tokens is not one of words: {SPECIAL} <= start < end <= {config.vocab_size}"
-            )
-        if allowed_range is not None:
-            return cls([*range(SPECIAL), *range(start, end)], None)
-        return None if only is None else cls([_special_tokens(config)[2], *range(start, end)], None)
-
-
 class _Rules:
     """Everything that decides which token may come next, and its log-probability."""
 
@@ -416,18 +222,18 @@ class _Rules:
         model: OFAForConditionalGeneration,
         settings: BeamSettings,
         max_len: int,
-        constraint: _Constraint | None,
+        constraint: Constraint | None,
         prompts: list[list[int]],
     ) -> None:
         self.settings = settings
         self.max_len = max_len
         self.prompts = prompts
         self.longest_prompt = max(map(len, prompts), default=0)
-        self.bos, self.pad, self.eos = _special_tokens(model.config)
+        self.bos, self.pad, self.eos = special_tokens(model.config)
         self.trie = None if constraint is None else constraint.trie
         # where the softmax or a prompt goes over the whole vocabulary, the projection must
         narrow = constraint is not None and settings.renormalize and not any(prompts)
-        self.readout = _Readout(model, constraint.tokens if constraint is not None and narrow else None)
+        self.readout = Readout(model, constraint.tokens if constraint is not None and narrow else None)
         self.fixed: Tensor | None = None
         if constraint is not None and constraint.trie is None and not narrow:
             self.fixed = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.readout.device)
@@ -484,7 +290,7 @@ class _Rules:
             for sentence, rows in zip(beams.sentences.tolist(), beams.tokens.tolist(), strict=True):
                 start = len(self.prompts[sentence])
                 prefixes += [(self.trie if step >= start else None, tuple(row[1 + start :])) for row in rows]
-            return _allowed(prefixes, self.readout).view(*beams.tokens.shape[:2], -1)
+            return allowed_mask(prefixes, self.readout).view(*beams.tokens.shape[:2], -1)
         if self.fixed is None or forced is None:
             return self.fixed
         return self.fixed | (forced != self.pad)[:, None, None]
@@ -510,71 +316,6 @@ class _Rules:
         return log_probs
 
 
-class _Readout:
-    """The output projection, over the whole vocabulary or only over some tokens.
-
-    Attributes:
-        size: number of columns.
-        dtype: of the logits, float32 or wider.
-    """
-
-    def __init__(self, model: OFAForConditionalGeneration, tokens: Sequence[int] | None) -> None:
-        head = self._head = model.lm_head
-        self.device = head.weight.device
-        self.dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        self.size = model.config.vocab_size if tokens is None else len(tokens)
-        self._tokens = None if tokens is None else torch.tensor(sorted(tokens), device=self.device)
-        # a head that something has been put on must run as it is
-        self._weight: Tensor | None = None
-        if type(head) is nn.Linear and head.bias is None:
-            self._weight = head.weight if self._tokens is None else head.weight[self._tokens]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """``[rows, d_model]`` to ``[rows, columns]``."""
-        if self._weight is None:
-            logits: Tensor = self._head(hidden)
-            logits = logits if self._tokens is None else logits[:, self._tokens]
-        elif len(hidden) in SLOW_ROWS:
-            logits = (self._weight @ hidden.t()).t()
-        else:
-            logits = F.linear(hidden, self._weight)
-        return logits.to(self.dtype)
-
-    def columns(self, tokens: Tensor) -> Tensor:
-        """Column of each token, −1 where it has none."""
-        if self._tokens is None:
-            return tokens
-        column = torch.searchsorted(self._tokens, tokens).clamp(max=self.size - 1)
-        return column.where(self._tokens[column] == tokens, -1)
-
-    def slice_of(self, token: int) -> slice:
-        """Where a token's column is; an empty slice if it has none."""
-        column = int(self.columns(torch.tensor(token, device=self.device)))
-        return slice(0, 0) if column < 0 else slice(column, column + 1)
-
-    def tokens_of(self, columns: Tensor) -> Tensor:
-        """Token of each column."""
-        return columns if self._tokens is None else self._tokens[columns]
-
-
-def _allowed(prefixes: Sequence[tuple[TokenTrie | None, tuple[int, ...]]], readout: _Readout) -> Tensor:
-    """What may follow each prefix in its trie, ``[prefixes, columns]``; everything where there is no trie."""
-    distinct = dict.fromkeys(prefixes)
-    mask = torch.zeros(len(distinct), readout.size, dtype=torch.bool, device=readout.device)
-    rows: list[int] = []
-    tokens: list[int] = []
-    for index, (trie, prefix) in enumerate(distinct):
-        if trie is None:
-            mask[index] = True
-        else:
-            allowed = trie.allowed_next(prefix)
-            rows += [index] * len(allowed)
-            tokens += allowed
-    mask[rows, readout.columns(torch.tensor(tokens, dtype=torch.long, device=readout.device))] = True
-    index_of = {prefix: index for index, prefix in enumerate(distinct)}
-    return mask[[index_of[prefix] for prefix in prefixes]]
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; afterwards every module is in the mode it was."""
@@ -588,13 +329,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _encode(model: OFAForConditionalGeneration, inputs: Mapping[str, Tensor] | OFAEncoderOutput) -> OFAEncoderOutput:
-    if isinstance(inputs, OFAEncoderOutput):
-        return inputs
-    encoded: OFAEncoderOutput = model.get_encoder()(**inputs)
-    return encoded
-
-
 def _select(encoded: OFAEncoderOutput, keep: Tensor) -> OFAEncoderOutput:
     assert encoded.padding_mask is not None
     return OFAEncoderOutput(
@@ -602,28 +336,6 @@ def _select(encoded: OFAEncoderOutput, keep: Tensor) -> OFAEncoderOutput:
         padding_mask=encoded.padding_mask[keep],
         position_embeddings=encoded.position_embeddings,
     )
-
-
-def _special_tokens(config: OFAConfig) -> tuple[int, int, int]:
-    """Start, padding and end."""
-    bos, pad, eos = config.decoder_start_token_id, config.pad_token_id, config.eos_token_id
-    assert isinstance(bos, int)
-    assert isinstance(pad, int)
-    assert isinstance(eos, int)
-    return bos, pad, eos
-
-
-def _prompts(decoder_prompts: Tensor | None, batch: int, config: OFAConfig) -> list[list[int]]:
-    """Each example's decoder prompt without padding."""
-    if decoder_prompts is None:
-        return [[] for _ in range(batch)]
-    pad = _special_tokens(config)[1]
-    if decoder_prompts.dim() != 2 or len(decoder_prompts) != batch:
-        raise PituningError(f"decoder_prompts must have the shape [{batch}, length], not {list(decoder_prompts.shape)}")
-    padding = decoder_prompts == pad
-    if (padding[:, :-1] & ~padding[:, 1:]).any():
-        raise PituningError("decoder_prompts must be padded on the right: there are tokens behind padding")
-    return [[token for token in row if token != pad] for row in decoder_prompts.tolist()]
 
 
 def _max_len(
