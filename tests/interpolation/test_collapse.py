@@ -18,12 +18,13 @@ from pituning.experts import Expert, ExpertCard
 from pituning.interpolation import GRANULARITIES, TRAIN_MODES, build_mixture, collapse, group_names
 from pituning.interpolation.collapse import truncate
 from pituning.methods import initial_tensors, make_config
+from tests.interpolation.test_mixture import COMBINATIONS
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 PREFIX = "base_model.model."
 CARD = ExpertCard("blend", training={"family": "encoder"})
 
-families = st.sampled_from(("encoder", "seq2seq"))
+combinations = st.sampled_from(COMBINATIONS)
 dtypes = st.sampled_from((torch.float32, torch.float64))
 seeds = st.integers(0, 10_000)
 
@@ -47,15 +48,15 @@ def trained_looking(
 
 
 @given(
-    family=families, method=st.sampled_from(("lora", "bottleneck")), dtype=dtypes, count=st.integers(1, 4),
+    combination=combinations, dtype=dtypes, count=st.integers(1, 4),
     train=st.sampled_from(TRAIN_MODES), granularity=st.sampled_from(GRANULARITIES), seed=seeds,
 )  # fmt: skip
 def test_the_collapsed_expert_is_the_mixture(
     backbone_of: Any, random_experts: Any, random_examples: Any, attached_loss: Any, mixture_loss: Any, distance: Any,
-    family: str, method: str, dtype: torch.dtype, count: int, train: str, granularity: str, seed: int,
+    combination: tuple[str, str], dtype: torch.dtype, count: int, train: str, granularity: str, seed: int,
 ) -> None:  # fmt: skip
-    backbone = backbone_of(family, dtype)
-    experts = random_experts(backbone, method, count, seed)
+    backbone = backbone_of(combination[0], dtype)
+    experts = random_experts(backbone, combination[1], count, seed)
     examples = random_examples(5, seed)
     mixture, config = trained_looking(backbone, experts, train, granularity, seed)
     folded = collapse(mixture, config, CARD)
@@ -70,15 +71,13 @@ def test_the_collapsed_expert_is_the_mixture(
     folded.expert.verify(backbone)
 
 
-@given(
-    family=families, method=st.sampled_from(("lora", "bottleneck")), dtype=dtypes, count=st.integers(1, 3), seed=seeds
-)
+@given(combination=combinations, dtype=dtypes, count=st.integers(1, 3), seed=seeds)
 def test_saved_and_loaded_it_is_the_same_bits(
     backbone_of: Any, random_experts: Any, random_examples: Any, attached_loss: Any, tmp_path_factory: Any,
-    family: str, method: str, dtype: torch.dtype, count: int, seed: int,
+    combination: tuple[str, str], dtype: torch.dtype, count: int, seed: int,
 ) -> None:  # fmt: skip
-    backbone = backbone_of(family, dtype)
-    experts = random_experts(backbone, method, count, seed)
+    backbone = backbone_of(combination[0], dtype)
+    experts = random_experts(backbone, combination[1], count, seed)
     mixture, config = trained_looking(backbone, experts, "experts", "module", seed)
     expert = collapse(mixture, config, replace(CARD, fingerprint=backbone.fingerprint)).expert
     folder: Path = tmp_path_factory.mktemp("experts") / "blend"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,12 +46,26 @@ class Case:
         return torch.softmax(torch.randn(groups, self.count, generator=generator, dtype=torch.float64), 1)
 
 
-def cases(low: int, high: int, methods: Sequence[str] = ("lora", "bottleneck")) -> st.SearchStrategy[Case]:
-    """Backbones, methods, dtypes, numbers of experts, granularities and seeds."""
+COMBINATIONS = (
+    *((family, method) for family in ("encoder", "seq2seq", "ofa") for method in ("lora", "bottleneck")),
+    ("encoder", "bitfit"),
+    ("ofa", "bitfit"),
+    ("ofa", "prefix"),
+)
+LINEAR = ("bottleneck", "prefix", "bitfit")  # methods that mix in parameter space
+# Where the tiny backbones have the projections of an attention block, and how many parts of the name lie below the block.
+PROJECTIONS = {
+    "attention.self.query": 2, "attention.self.key": 2, "attention.self.value": 2, "attention.output.dense": 2,
+    **{f"{block}.{p}": 1 for block in ("SelfAttention", "EncDecAttention") for p in "qkvo"},
+    **{f"{block}.{p}_proj": 1 for block in ("self_attn", "cross_attn") for p in ("q", "k", "v", "out")},
+}  # fmt: skip
+
+
+def cases(low: int, high: int, methods: Sequence[str] = ("lora", *LINEAR)) -> st.SearchStrategy[Case]:
+    """Backbones with methods, dtypes, numbers of experts, granularities and seeds."""
     return st.builds(
-        Case,
-        st.sampled_from(("encoder", "seq2seq")),
-        st.sampled_from(methods),
+        lambda pair, *rest: Case(*pair, *rest),
+        st.sampled_from([c for c in COMBINATIONS if c[1] in methods]),
         st.sampled_from((torch.float32, torch.float64)),
         st.integers(low, high),
         st.sampled_from(GRANULARITIES),
@@ -68,10 +83,17 @@ def group_of(key: str, granularity: str) -> str:
             break
     else:
         tensor = name
-        name = name.split(".bottleneck_")[0]
+        name = re.split(r"\.(?:bottleneck|prefix|bitfit)_", name)[0]
     parts = name.split(".")
-    block = next(i for i, part in enumerate(parts) if part.isdigit())
-    return {"model": "model", "layer": ".".join(parts[: block + 1]), "module": name, "tensor": tensor}[granularity]
+    block = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    below = next((n for module, n in PROJECTIONS.items() if name.endswith("." + module)), 0)
+    return {
+        "model": "model",
+        "layer": ".".join(parts[: block + 1]),
+        "attention": ".".join(parts[: len(parts) - below]),
+        "module": name,
+        "tensor": tensor,
+    }[granularity]
 
 
 def by_group(experts: Sequence[Expert], case: Case) -> dict[str, Tensor]:
@@ -167,13 +189,13 @@ def test_lora_is_the_dense_weighted_sum(
     assert distance(found, expected) <= case.tolerance
 
 
-@given(case=cases(2, 4, ["bottleneck"]), train=st.sampled_from(TRAIN_MODES))
-def test_bottleneck_is_the_weighted_sum_of_its_tensors(
+@given(case=cases(2, 4, LINEAR), train=st.sampled_from(TRAIN_MODES))
+def test_other_methods_are_the_weighted_sum_of_their_tensors(
     backbone_of: Any, random_experts: Any, random_examples: Any, attached_loss: Any, mixture_loss: Any, distance: Any,
     case: Case, train: str,
 ) -> None:  # fmt: skip
     backbone = backbone_of(case.family, case.dtype)
-    experts = random_experts(backbone, "bottleneck", case.count, case.seed)
+    experts = random_experts(backbone, case.method, case.count, case.seed)
     weights = by_group(experts, case)
     summed = {}
     for key, first in experts[0].tensors.items():
@@ -214,7 +236,7 @@ def test_delta_adds_to_the_mixture(
                 )
     found = mixture_loss(backbone, moved, config, examples)
     assert distance(found, without) > 1e-4, "δ must matter"
-    if case.method == "bottleneck":
+    if case.method in LINEAR:
         flat = torch.cat([p.detach().flatten() for p in moved.delta])
         keys = [k for members in moved._members for k in members]
         pieces = flat.split([experts[0].tensors[k].numel() for k in keys])
@@ -242,16 +264,20 @@ def shared_start(backbone: Backbone, experts: Sequence[Expert]) -> dict[str, Ten
     return initial_tensors(backbone, make_config("lora", backbone, r=2, target_modules=modules))
 
 
-@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("encoder", "lora"), ("encoder", "bottleneck"), ("encoder", "bitfit"), ("ofa", "prefix")],
+)
 @pytest.mark.parametrize(
     ("train", "free"),
     [("experts", {"alpha", "experts"}), ("shared", {"alpha", "delta"}), ("weights", {"alpha"}), ("none", set())],
 )
 def test_what_each_mode_trains(
-    bert: Backbone, random_experts: Any, random_examples: Any, method: str, train: str, free: set[str]
+    backbone_of: Any, random_experts: Any, random_examples: Any, family: str, method: str, train: str, free: set[str]
 ) -> None:
-    experts = random_experts(bert, method, 3, 1)
-    mixture, config = build_mixture(experts, train=train, initial=shared_start(bert, experts))
+    backbone = backbone_of(family)
+    experts = random_experts(backbone, method, 3, 1)
+    mixture, config = build_mixture(experts, train=train, initial=shared_start(backbone, experts))
     names = {"a": "experts", "b": "experts", "delta_a": "delta", "delta_b": "delta"}
     kind = {n: names.get(n.split(".")[0], n.split(".")[0]) for n, _ in mixture.named_parameters()}
     assert {kind[n] for n, p in mixture.named_parameters() if p.requires_grad} == free
@@ -259,12 +285,12 @@ def test_what_each_mode_trains(
     assert size == sum(t.numel() for e in experts for t in e.tensors.values())
     if not free:
         return
-    with running(bert, mixture, config) as model:
+    with running(backbone, mixture, config) as model:
         assert dict(model.named_parameters()).keys() == {f"mixture.{n}" for n in kind}, "only the mixture's parameters"
-        model(**bert.collate(random_examples(4))).mean().backward()
+        model(**backbone.collate(random_examples(4))).mean().backward()
     moved = {kind[n] for n, p in mixture.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == free
-    assert not any(p.grad is not None for p in bert.model.parameters())
+    assert not any(p.grad is not None for p in backbone.model.parameters())
 
 
 @pytest.mark.parametrize("method", ["lora", "bottleneck"])
@@ -319,8 +345,7 @@ def test_weights_of_zero_stay_zero_under_training(
     torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
 
 
-@pytest.mark.parametrize("family", ["encoder", "seq2seq"])
-@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+@pytest.mark.parametrize(("family", "method"), COMBINATIONS)
 def test_one_expert_trains_as_peft_alone_does(
     backbone_of: Any, random_experts: Any, random_examples: Any, family: str, method: str
 ) -> None:
@@ -346,6 +371,37 @@ def test_one_expert_trains_as_peft_alone_does(
     assert any(not torch.equal(expected[k], t) for k, t in expert.tensors.items()), "training must move something"
     for key, tensor in mixture().items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("module", "block"),
+    [
+        ("model.encoder.layers.0.self_attn.q_proj", "model.encoder.layers.0.self_attn"),
+        ("model.decoder.layers.0.cross_attn.out_proj", "model.decoder.layers.0.cross_attn"),
+        ("model.decoder.layers.0.encoder_attn.v_proj", "model.decoder.layers.0.encoder_attn"),
+        ("decoder.block.0.layer.1.EncDecAttention.o", "decoder.block.0.layer.1.EncDecAttention"),
+        ("encoder.layer.2.attention.attention.query", "encoder.layer.2.attention"),
+        ("h.3.attn.c_attn", "h.3.attn"),
+        ("model.encoder.layers.0.fc1", None),
+        ("model.encoder.layers.0.self_attn_output", None),
+        ("model.encoder.layers.0.self_attn_mid_layer_norm", None),
+        ("encoder.layer.0.attention.output.LayerNorm", None),
+    ],
+)
+def test_an_attention_block_is_found_by_its_name(module: str, block: str | None) -> None:
+    assert group_name(f"{PREFIX}{module}.lora_A.weight", "attention") == (block or module)
+
+
+def test_the_two_sites_of_a_layer_have_weights_of_their_own(ofa: Backbone, random_experts: Any) -> None:
+    """In the reference both share one tensor by accident, so that their weights never differ."""
+    experts = random_experts(ofa, "bottleneck", 2, 6)
+    mixture, _ = build_mixture(experts, train="weights")
+    names = group_names(experts, "module")
+    rows = [names.index(f"model.encoder.layers.0.{site}") for site in ("self_attn_output", "ffn_output")]
+    with torch.no_grad():
+        mixture.alpha[rows[0], 0] += 1.0
+    assert (mixture.weights()[rows[0]] - mixture.weights()[rows[1]]).abs().min() > 0.1
+    assert len(names) == 2 * (2 + 3)
 
 
 class TestRefusals:
@@ -389,6 +445,30 @@ class TestRefusals:
         ]
         text = message(build_mixture, pair, train="none")
         assert "encoder.layer.0.output.dense.bottleneck_down.bias has shape [4] in the first and no such tensor" in text
+
+    def test_different_lengths(self, ofa: Backbone, random_expert: Any, message: Any) -> None:
+        pair = [random_expert(ofa, "prefix", 1, name="short"), random_expert(ofa, "prefix", 2, name="long", length=4)]
+        text = message(build_mixture, pair, train="none")
+        assert "'short' and 'long' cannot be averaged" in text
+        assert "encoder.layers.0.self_attn.prefix_key has shape [3, 16] in the first and [4, 16] in the second" in text
+
+    @pytest.mark.parametrize(("setting", "value"), [("activation", "gelu"), ("scaling", 0.5)])
+    def test_tensors_that_stand_for_different_functions(
+        self, bert: Backbone, random_expert: Any, message: Any, setting: str, value: Any
+    ) -> None:
+        first = random_expert(bert, "bottleneck", 1, name="first")
+        older = replace(first, config={k: v for k, v in first.config.items() if k not in ("activation", "scaling")})
+        other = random_expert(bert, "bottleneck", 2, name="other", **{setting: value})
+        for experts in ([first, other], [older, other]):
+            text = message(build_mixture, experts, train="none")
+            assert f"'first' and 'other' cannot be averaged: their {setting} is {first.config[setting]!r}" in text
+            assert repr(value) in text
+        build_mixture([first, older, random_expert(bert, "bottleneck", 3, dropout=0.5)], train="none")
+
+    def test_prefixes_with_projection(self, ofa: Backbone, random_expert: Any, message: Any) -> None:
+        pair = [random_expert(ofa, "prefix", k, name=f"net-{k}", projection=True) for k in range(2)]
+        assert "'net-0' is a prefix with projection" in message(build_mixture, pair, train="none")
+        build_mixture(pair[:1], train="experts")
 
     @pytest.mark.parametrize(
         ("options", "reason"),
@@ -442,7 +522,7 @@ class TestRefusals:
             build_mixture(random_experts(bert, "bottleneck", 2), weights, train="none")
 
     def test_an_unknown_granularity(self, bert: Backbone, random_expert: Any) -> None:
-        with pytest.raises(RefusedError, match="model, layer, module, tensor, not 'head'"):
+        with pytest.raises(RefusedError, match="model, layer, attention, module, tensor, not 'head'"):
             build_mixture([random_expert(bert)], granularity="head", train="none")
         with pytest.raises(RefusedError, match="not 'head'"):
             group_name("x.lora_A.weight", "head")

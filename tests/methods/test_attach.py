@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,10 +15,24 @@ from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, PituningError, UnknownNameError
-from pituning.methods import attached, config_dict, initial_tensors, make_config, method_names
-from pituning.methods.bottleneck import BottleneckConfig
+from pituning.methods import (
+    BitFitConfig,
+    BottleneckConfig,
+    PrefixConfig,
+    attached,
+    config_dict,
+    initial_tensors,
+    make_config,
+    method_names,
+)
 
 METHODS = ("lora", "bottleneck")
+COMBINATIONS = (
+    *((family, method) for family in ("encoder", "seq2seq", "ofa") for method in METHODS),
+    ("encoder", "bitfit"),
+    ("ofa", "bitfit"),
+    ("ofa", "prefix"),
+)
 QUERY = "base_model.model.encoder.layer.0.attention.self.query"
 
 
@@ -24,8 +40,7 @@ def names(backbone: Backbone) -> list[str]:
     return [f"{n} {type(m).__name__}" for n, m in backbone.model.named_modules()]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["encoder", "seq2seq"])
+@pytest.mark.parametrize(("family", "method"), COMBINATIONS)
 def test_the_bare_backbone_comes_back(
     backbone_of: Any, random_expert: Any, random_examples: Any, family: str, method: str
 ) -> None:
@@ -67,20 +82,22 @@ def test_it_comes_back_where_a_tensor_does_not_fit(bert: Backbone, random_expert
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "named"),
     [
-        BottleneckConfig(r=2, target_modules=["query", "LayerNorm"]),
-        LoraConfig(r=2, target_modules=["query", "LayerNorm"]),
+        (BottleneckConfig(r=2, target_modules=["query", "intermediate"]), "layer.0.intermediate is a BertIntermediate"),
+        (LoraConfig(r=2, target_modules=["query", "LayerNorm"]), "LayerNorm"),
+        (BitFitConfig(target_modules=["query", "intermediate"]), "layer.0.intermediate is a BertIntermediate"),
+        (PrefixConfig(target_modules=["attention.self"]), "layer.0.attention.self is a BertSelfAttention"),
     ],
-    ids=["bottleneck", "lora"],
+    ids=["bottleneck", "lora", "bitfit", "prefix"],
 )
 def test_it_comes_back_where_a_module_cannot_be_adapted(
-    fresh_bert_of: Callable[..., Backbone], random_examples: Any, config: Any
+    fresh_bert_of: Callable[..., Backbone], random_examples: Any, config: Any, named: str
 ) -> None:
     """PEFT replaces module after module and raises at the first that it cannot adapt."""
     backbone = fresh_bert_of(torch.float32)
     modules, bare = names(backbone), backbone.loss(backbone.collate(random_examples()))
-    with pytest.raises(PituningError, match="LayerNorm"), attached(backbone, config):
+    with pytest.raises(PituningError, match=named), attached(backbone, config):
         pass
     assert names(backbone) == modules
     assert torch.equal(backbone.loss(backbone.collate(random_examples())), bare)
@@ -141,6 +158,23 @@ class TestInitialTensors:
         first = initial_tensors(bert, config)
         second = initial_tensors(bert, {**config, "peft_version": "0.21.99"})
         assert all(torch.equal(first[k], t) for k, t in second.items())
+
+    def test_stay_where_they_were_before_fields_were_added(self, bert: Backbone) -> None:
+        """The seed is a hash of the fields that a bottleneck had in the first release, and of them alone."""
+        config = make_config("bottleneck", bert, r=3, dropout=0.3, activation="tanh", scaling=0.5)
+        known = {
+            "auto_mapping": None, "base_model_name_or_path": None, "inference_mode": False, "init_std": 0.001,
+            "peft_type": "BOTTLENECK", "r": 3, "revision": None, "target_modules": ["output.dense"], "task_type": None,
+        }  # fmt: skip
+        digest = hashlib.sha256((bert.fingerprint + json.dumps(known, sort_keys=True)).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        torch.nn.Linear(16, 3), torch.nn.Linear(3, 16)  # both are drawn before the first is drawn anew
+        expected = 0.02 * torch.randn(3, 16)
+        key = "base_model.model.encoder.layer.0.attention.output.dense.bottleneck_down.weight"
+        found = initial_tensors(bert, config)
+        torch.testing.assert_close(found[key], expected)
+        older = initial_tensors(bert, known)
+        assert all(torch.equal(older[k], t) for k, t in found.items())
 
     def test_lora_starts_at_the_backbone(self, bert: Backbone, random_examples: Any) -> None:
         batch = bert.collate(random_examples())

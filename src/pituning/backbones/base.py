@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pituning.errors import PituningError, RefusedError
-from pituning.example import Example
+from pituning.example import Box, Example
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -82,6 +82,14 @@ class Backbone(ABC):
         """
         raise RefusedError(f"backbone {self.name!r} is of the {self.family!r} family and cannot generate text")
 
+    def locate(self, batch: Batch, **options: Any) -> list[Box | None]:
+        """One box per example, in pixels of its own image, or ``None`` where the answer is no box.
+
+        Raises:
+            RefusedError: for families that cannot.
+        """
+        raise RefusedError(f"backbone {self.name!r} cannot locate anything in a picture; an OFA backbone can")
+
     @contextmanager
     def occupied_by(self, peft_model: PeftModel) -> Iterator[None]:
         """Mark that an expert's layers sit in the model, so that a second one is refused and labels can avoid it."""
@@ -134,6 +142,19 @@ def fingerprint_of(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def require_text_only(backbone: Backbone, examples: Sequence[Example]) -> None:
+    """Raise if an example has an image, for backbones that would leave it unseen.
+
+    Raises:
+        RefusedError: names the first example with an image.
+    """
+    for example in examples:
+        if example.image is not None:
+            raise RefusedError(
+                f"example {example.id!r} has an image, and backbone {backbone.name!r} reads text alone; use an OFA backbone"
+            )
+
+
 def common_choices(examples: Sequence[Example]) -> tuple[str, ...]:
     """The closed answer set that all examples of a batch share; empty where they have none.
 
@@ -144,3 +165,86 @@ def common_choices(examples: Sequence[Example]) -> tuple[str, ...]:
     if len(sets) > 1:
         raise RefusedError("a batch mixes examples with different answer choices; batch the tasks separately")
     return next(iter(sets), ())
+
+
+def bias_width(module: nn.Module) -> int | None:
+    """Length of the bias that a Linear or norm module has or could have; ``None`` for any other module.
+
+    Norms over channels (BatchNorm, GroupNorm, InstanceNorm) do not count: their bias is not along the last dimension, and
+    BatchNorm belongs to a frozen image stem.
+    """
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
+        return None
+    weight = getattr(module, "weight", None)
+    if type(module).__name__.endswith("Norm") and isinstance(weight, nn.Parameter) and weight.dim() == 1:
+        return len(weight)
+    return None
+
+
+def normed_and_linear(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
+    """The Linear and norm modules that have a bias, by the shortest suffixes of their names that select no others.
+
+    Args:
+        skip: suffixes of names to leave out, such as modules that take no part in what is computed.
+
+    Raises:
+        PituningError: if a module has no such suffix.
+    """
+    modules = dict(_bare_modules(model))
+    inside = [f"{n}." for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)]  # reads its weights itself
+    chosen = [
+        name
+        for name, module in modules.items()
+        if bias_width(module) is not None
+        and getattr(module, "bias", None) is not None
+        and not any(name == s or name.endswith(f".{s}") for s in skip)
+        and not any(name.startswith(i) for i in inside)
+    ]
+    others = {suffix for name in modules.keys() - set(chosen) for suffix in _suffixes(name)}
+    return list(dict.fromkeys(_only_suffix(name, others) for name in chosen))
+
+
+def biased_modules(backbone: Backbone, skip: Sequence[str] = ()) -> list[str]:
+    """What BitFit adapts: :func:`normed_and_linear` of a backbone's model.
+
+    Raises:
+        RefusedError: for models that have no bias anywhere, such as T5.
+    """
+    names = normed_and_linear(backbone.model, skip)
+    if not names:
+        raise RefusedError(
+            f"backbone {backbone.name!r} ({type(backbone.model).__name__}) has no bias that BitFit could train: none of its "
+            "Linear and norm modules has one; use lora or bottleneck, or name modules to give a bias to in "
+            "target_modules=[...]"
+        )
+    return names
+
+
+def _bare_modules(module: Any, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` as they are without an expert: a tuner layer stands for what it wraps."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _bare_modules(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def _only_suffix(name: str, others: set[str]) -> str:
+    for suffix in _suffixes(name):
+        if suffix not in others:
+            return suffix
+    raise PituningError(
+        f"module {name!r} has no suffix that selects it alone; give target_modules as a regular expression"
+    )
+
+
+def _suffixes(name: str) -> list[str]:
+    """``"a.b.c"`` to ``["c", "b.c", "a.b.c"]``."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pituning.backbones.base import Backbone, Batch, common_choices
+from pituning.backbones.base import Backbone, Batch, biased_modules, common_choices, require_text_only
 from pituning.errors import RefusedError
 from pituning.example import Example
 
@@ -23,6 +23,7 @@ TEMPERATURE = (
 # Query/value are the modules of the LoRA paper; the bottleneck follows the attention output and the FFN output projections.
 _LORA_TARGETS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "attn.q", "attn.v", "Wqkv")
 _BOTTLENECK_TARGETS = ("attention.output.dense", "output.dense", "attn.o", "out_lin", "lin2", "out_proj", "fc2")
+_UNUSED = ("pooler.dense",)  # its output takes no part in mean pooling
 
 
 class EncoderBackbone(Backbone):
@@ -43,6 +44,10 @@ class EncoderBackbone(Backbone):
 
     def adaptable(self, method: str) -> list[str]:
         """See :meth:`Backbone.adaptable`."""
+        if method == "prefix":
+            raise RefusedError(f"backbone {self.name!r}: prefix is not yet there for the {self.family!r} family")
+        if method == "bitfit":
+            return biased_modules(self, skip=_UNUSED)
         wanted = _LORA_TARGETS if method == "lora" else _BOTTLENECK_TARGETS
         names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
         present = [w for w in wanted if any(n == w or n.endswith("." + w) for n in names)]
@@ -50,7 +55,12 @@ class EncoderBackbone(Backbone):
         return [p for p in present if not any(p != q and p.endswith("." + q) for q in present)]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """See :meth:`Backbone.collate`. Pairs are joined by the tokenizer's own separator."""
+        """See :meth:`Backbone.collate`. Pairs are joined by the tokenizer's own separator.
+
+        Raises:
+            RefusedError: for examples with images.
+        """
+        require_text_only(self, examples)
         choices = common_choices(examples)
         batch = self._tokenize([e.texts for e in examples])
         if choices:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
-from pituning.backbones.base import Backbone, Batch
+from pituning.backbones.base import Backbone, Batch, biased_modules, require_text_only
 from pituning.errors import PituningError, RefusedError
 from pituning.example import Example
 
@@ -51,12 +51,23 @@ class Seq2SeqBackbone(Backbone):
 
     def adaptable(self, method: str) -> list[str]:
         """See :meth:`Backbone.adaptable`."""
+        if method == "prefix":
+            raise RefusedError(
+                f"backbone {self.name!r}: prefix is not yet there for {type(self.model).__name__}; it works on OFA"
+            )
+        if method == "bitfit":
+            return biased_modules(self)
         wanted = _LORA_TARGETS if method == "lora" else _BOTTLENECK_TARGETS
         names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
         return [w for w in wanted if any(n.endswith("." + w) for n in names)]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """See :meth:`Backbone.collate`. ``labels`` holds the targets' tokens and end, shape ``[batch, tokens]``."""
+        """See :meth:`Backbone.collate`. ``labels`` holds the targets' tokens and end, shape ``[batch, tokens]``.
+
+        Raises:
+            RefusedError: for examples with images.
+        """
+        require_text_only(self, examples)
         encoded = self.tokenizer(
             [e.prompt for e in examples],
             padding=True,
@@ -80,7 +91,8 @@ class Seq2SeqBackbone(Backbone):
     def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
         """See :meth:`Backbone.score`: log p of each choice as the whole answer, its end included.
 
-        The encoder runs once. The decoder sees (choice, example) pairs: choice c and example b in row c · batch + b.
+        The encoder runs once. The decoder sees (example, choice) pairs, an example's in successive rows: example b and
+        choice c in row b · choices + c.
         More than :data:`PAIRS_PER_PASS` pairs take several passes, each with all examples and some of the choices.
 
         Raises:
@@ -95,11 +107,11 @@ class Seq2SeqBackbone(Backbone):
         scores = []
         for labels in torch.split(self._labels(choices), max(1, PAIRS_PER_PASS // examples)):
             log_p = self._log_probability(
-                labels.repeat_interleave(examples, dim=0),
-                encoder_outputs=BaseModelOutput(last_hidden_state=hidden.repeat(len(labels), 1, 1)),
-                attention_mask=mask.repeat(len(labels), 1),
+                labels.repeat(examples, 1),
+                encoder_outputs=BaseModelOutput(last_hidden_state=hidden.repeat_interleave(len(labels), dim=0)),
+                attention_mask=mask.repeat_interleave(len(labels), dim=0),
             )
-            scores.append(log_p.view(len(labels), examples).T)
+            scores.append(log_p.view(examples, len(labels)))
         return torch.cat(scores, dim=1)
 
     def generate(self, batch: Batch, **options: Any) -> list[str]:

@@ -55,7 +55,7 @@ class RankingOptions:
     method: Annotated[
         str | None,
         typer.Option(
-            help="Only experts of this method (lora or bottleneck); needed where the pool holds both.",
+            help="Only experts of this method (lora, bottleneck …); needed where the pool holds several.",
             rich_help_panel=_PANEL,
         ),
     ] = None

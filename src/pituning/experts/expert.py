@@ -274,7 +274,9 @@ def _model_card(expert: Expert) -> str:
     card = expert.card
     encoder_decoder = card.training.get("family") == "seq2seq"
     auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModel"
-    own = "import pituning.methods  # enters the method into PEFT\n" if card.method == "bottleneck" else ""
+    own = "" if card.method == "lora" else "import pituning.methods  # enters the method into PEFT\n"
+    if card.training.get("architecture") == "ofa":
+        own += "import pituning.backbones.ofa.modeling  # enters OFA into transformers\n"
     lines = [
         "---",
         "library_name: peft",
@@ -284,7 +286,7 @@ def _model_card(expert: Expert) -> str:
         f"# {card.name}",
         "",
         f"A `{card.method}` expert ({card.parameters:,} parameters) for the task `{card.task}`"
-        + (f", from {card.shots} labelled examples per class." if card.shots else "."),
+        + (f", from {card.shots} labelled examples{' per class' * bool(card.choices)}." if card.shots else "."),
         "",
         "```python",
         "from peft import PeftModel",

@@ -14,11 +14,18 @@ from torch import Tensor
 from pituning.errors import ExpertError, RefusedError
 from pituning.experts.expert import Expert
 from pituning.interpolation.mixture import TRAIN_MODES, LowRank, Mixture, ParameterMixture, ProductMixture
+from pituning.methods.prefix import is_folded
 
-GRANULARITIES = ("model", "layer", "module", "tensor")
-_PREFIX = "base_model.model."
-_ADAPTER_PART = re.compile(r"\.(lora_[AB]|bottleneck_(down|up))(\.(weight|bias))?$")
+GRANULARITIES = ("model", "layer", "attention", "module", "tensor")
+PREFIX = "base_model.model."
+_ADAPTER_PART = re.compile(
+    r"\.(lora_[AB]|bottleneck_(down|up)|prefix_(key|value|embedding|down|up)|bitfit_bias)(\.(weight|bias))?$"
+)
+# self_attn, cross_attn, encoder_attn, attention, SelfAttention, EncDecAttention …, but not self_attn_output or a norm
+_ATTENTION = re.compile(r"(.*_)?attn|.*attention", re.IGNORECASE)
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
+# Settings, with their defaults, that say what a method's tensors do.
+_MEANING: dict[str, dict[str, Any]] = {"BOTTLENECK": {"activation": "relu", "scaling": 1.0}}
 # Settings that change the base weights or the meaning of the factors have no exact product form.
 _LORA_REFUSED = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
 
@@ -26,17 +33,20 @@ _LORA_REFUSED = ("use_dora", "lora_bias", "modules_to_save", "target_parameters"
 def group_name(key: str, granularity: str) -> str:
     """Name of the group whose weights a tensor uses.
 
-    ``model``: one group; ``layer``: one per numbered block; ``module``: one per adapted module (the paper's choice);
-    ``tensor``: one per tensor.
+    ``model``: one group; ``layer``: one per numbered block; ``attention``: one per attention block for all of its
+    projections (what the paper's code does for LoRA), otherwise as ``module``; ``module``: one per adapted module (what
+    it does for adapters); ``tensor``: one per tensor.
 
     >>> group_name("base_model.model.encoder.layer.3.output.dense.bottleneck_up.bias", "layer")
     'encoder.layer.3'
     >>> group_name("base_model.model.encoder.layer.3.output.dense.bottleneck_up.bias", "module")
     'encoder.layer.3.output.dense'
+    >>> group_name("base_model.model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "attention")
+    'model.encoder.layers.0.self_attn'
     """
     if granularity not in GRANULARITIES:
         raise RefusedError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}")
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(PREFIX)
     if granularity == "model":
         return "model"
     if granularity == "tensor":
@@ -44,8 +54,19 @@ def group_name(key: str, granularity: str) -> str:
     module = _ADAPTER_PART.sub("", name)
     if granularity == "module":
         return module
+    if granularity == "attention":
+        return _attention_block(module) or module
     block = re.match(r"^(.*?\.\d+)(\.|$)", module)
     return block.group(1) if block else module
+
+
+def _attention_block(module: str) -> str | None:
+    """The outermost attention block that a module is a projection of, or is itself."""
+    parts = module.split(".")
+    if "norm" in parts[-1].lower():
+        return None
+    depth = next((i for i, part in enumerate(parts) if _ATTENTION.fullmatch(part)), None)
+    return None if depth is None else ".".join(parts[: depth + 1])
 
 
 def group_names(experts: Sequence[Expert], granularity: str) -> list[str]:
@@ -139,7 +160,7 @@ def lora_factors(expert: Expert) -> dict[str, LowRank]:
 def lora_config(ranks: Mapping[str, int], template: Mapping[str, Any]) -> dict[str, Any]:
     """A LoRA configuration with the given rank and scaling 1 on exactly the given modules."""
     config = dict(template)
-    names = {module.removeprefix(_PREFIX): rank for module, rank in ranks.items()}
+    names = {module.removeprefix(PREFIX): rank for module, rank in ranks.items()}
     common = max(set(names.values()), key=list(names.values()).count)
     pattern = {name: rank for name, rank in names.items() if rank != common}
     config.update(
@@ -164,7 +185,7 @@ def _units(expert: Expert) -> list[str]:
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
-    key = get_pattern_key(patterns.keys(), module.removeprefix(_PREFIX))
+    key = get_pattern_key(patterns.keys(), module.removeprefix(PREFIX))
     alpha = float(patterns.get(key, config["lora_alpha"]))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
@@ -212,6 +233,8 @@ def _require_compatible(experts: Sequence[Expert]) -> None:
             raise RefusedError(f"experts {known[0].name!r} and {other.name!r} belong to different backbones")
     if is_lora(first):
         return
+    for other in experts[1:]:
+        _require_same_meaning(first, other)
     shapes = {k: tuple(t.shape) for k, t in first.tensors.items()}
     for other in experts[1:]:
         found = {k: tuple(t.shape) for k, t in other.tensors.items()}
@@ -226,6 +249,22 @@ def _require_compatible(experts: Sequence[Expert]) -> None:
                 f"experts {first.name!r} and {other.name!r} started from different initialisations: their hidden units may "
                 "be in different orders, and an average of them may mean little",
                 stacklevel=3,
+            )
+
+
+def _require_same_meaning(first: Expert, other: Expert) -> None:
+    """Refuse experts whose tensors stand for different functions: one of the two would not run as it was trained."""
+    for expert in (first, other):
+        if not is_folded(expert.config):
+            raise RefusedError(
+                f"expert {expert.name!r} is a prefix with projection: its network's parameters have no common space with "
+                "another's; turn it into keys and values with pituning.methods.folded(config, tensors)"
+            )
+    for setting, default in _MEANING.get(str(first.config.get("peft_type")), {}).items():
+        mine, theirs = (e.config.get(setting, default) for e in (first, other))
+        if mine != theirs:
+            raise RefusedError(
+                f"experts {first.name!r} and {other.name!r} cannot be averaged: their {setting} is {mine!r} and {theirs!r}"
             )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pituning.errors import RefusedError
 from pituning.experts.expert import Expert, ExpertCard
-from pituning.interpolation.build import lora_config
+from pituning.interpolation.build import PREFIX, group_name, lora_config
 from pituning.interpolation.mixture import Mixture, ProductMixture
 
 
@@ -74,4 +74,4 @@ def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
-    return list(dict.fromkeys(k.rsplit(".", 2)[0] for k in tensors))
+    return list(dict.fromkeys(PREFIX + group_name(k, "module") for k in tensors))

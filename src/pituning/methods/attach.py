@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def _strip(backbone: Backbone) -> None:
 
 def peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
     """A fresh PEFT configuration object; attaching one never changes the caller's."""
-    import pituning.methods.bottleneck  # noqa: F401 - enters our methods into PEFT's tables
+    import pituning.methods  # noqa: F401 - enters our methods into PEFT's tables
 
     settings = config_dict(config) if isinstance(config, PeftConfig) else dict(config)
     settings |= {"inference_mode": False, "base_model_name_or_path": None}
@@ -145,7 +145,13 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, T
 
 
 def _init_seed(backbone: Backbone, config: PeftConfig) -> int:
-    settings = {k: v for k, v in config_dict(config).items() if k != "peft_version"}
+    """Seed of the initial tensors: a hash of backbone and configuration.
+
+    Fields that have no part in the initial tensors are left out. So a field that a release adds to one of our methods
+    leaves the start of every expert that was trained before where it was.
+    """
+    free = {f.name for f in fields(config) if not f.metadata.get("shapes_start", True)}
+    settings = {k: v for k, v in config_dict(config).items() if k not in free | {"peft_version"}}
     text = backbone.fingerprint + json.dumps(settings, sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 

@@ -1,0 +1,196 @@
+"""Every example's own gradient from one backward pass of a whole batch, by hooks on the expert's layers.
+
+A hook on a layer's forward pass keeps what is needed of it, a hook on its output sees the gradient; the two together give
+the gradient of each example. :data:`WATCHERS` says how, for each kind of layer that holds an expert's tensors.
+
+Rows belong to examples in order: where a decoder scores C answers for each of B examples, row b · C + c is example b's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pituning.errors import RefusedError
+from pituning.methods.attach import Attached
+from pituning.methods.bitfit import BitFitLayer
+from pituning.methods.prefix import PrefixLayer
+
+
+class Observer(Protocol):
+    """What a watcher reports to."""
+
+    def sees(self, names: Mapping[str, str], rows: int) -> None:
+        """A layer is called with so many rows."""
+
+    def add(self, key: str, gradient: Tensor) -> None:
+        """Gradients of one call, ``[rows, positions …, tensor's shape]`` summed by :meth:`by_example`."""
+
+    def by_example(self, x: Tensor) -> Tensor:
+        """``[rows, …, d]`` to ``[examples, …, d]``: all rows of an example add up to its gradient."""
+
+
+Names = Mapping[str, str]
+"""From a parameter's name in its layer (``weight``, ``prefix_key`` …) to its file key."""
+
+Watcher = Callable[[Any, Names, Observer], RemovableHandle]
+
+
+class Squares:
+    """Collects per-example gradients during one backward pass and squares them when complete.
+
+    Attributes:
+        repeats: most rows that an example may have; a decoder that scores C choices sees up to C for each.
+        total: squares by file key, ``[examples, …]``, in float64.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.repeats = 1
+        self.total: dict[str, Tensor] = {}
+        self._open: dict[str, Tensor] = {}
+
+    def sees(self, names: Names, rows: int) -> None:
+        """Raise unless the rows can be told apart by example; in a batch of one all of them are its own."""
+        repeats, rest = divmod(rows, self.batch)
+        if self.batch > 1 and (rest or not 1 <= repeats <= self.repeats):
+            raise RefusedError(
+                f"layer of {next(iter(names.values()))} sees a first dimension of {rows} for {self.batch} "
+                "examples: per-example gradients are not defined there; use batch_size=1"
+            )
+
+    def by_example(self, x: Tensor) -> Tensor:
+        """``[rows, …, d]`` to ``[batch, …, d]``."""
+        return x.reshape(self.batch, -1, x.shape[-1])
+
+    def add(self, key: str, gradient: Tensor) -> None:
+        """A layer called twice accumulates before squaring."""
+        self._open[key] = self._open[key] + gradient if key in self._open else gradient
+
+    def close(self, weights: Tensor) -> None:
+        """End of a backward pass: square what came in, weighted per example."""
+        for key, gradient in self._open.items():
+            square = gradient.double().square() * weights.double().view(-1, *[1] * (gradient.dim() - 1))
+            self.total[key] = self.total[key] + square if key in self.total else square
+        self._open.clear()
+
+
+class RowCount:
+    """Records the first dimensions that the expert's layers see."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def sees(self, names: Names, rows: int) -> None:
+        """Note it."""
+        self.rows.append(rows)
+
+    def add(self, key: str, gradient: Tensor) -> None:
+        """Nothing: rows are counted without a backward pass."""
+
+    def by_example(self, x: Tensor) -> Tensor:
+        """As it is."""
+        return x
+
+
+@contextmanager
+def watched(site: Attached, observer: Observer) -> Iterator[None]:
+    """Report to the observer for the length of the block; no hook and no gradient stays behind.
+
+    Raises:
+        RefusedError: names a tensor of a layer that has no watcher.
+    """
+    handles = [_watcher(site, owner, names)(owner, names, observer) for owner, names in _owners(site).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in site.parameters.values():
+            parameter.grad = None
+
+
+def _watch_linear(module: nn.Linear, names: Names, observer: Observer) -> RemovableHandle:
+    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].detach()
+        observer.sees(names, len(x))
+        if output.requires_grad:
+            output.register_hook(lambda g: backward(x, g))  # type: ignore[no-untyped-call]
+
+    def backward(x: Tensor, gradient: Tensor) -> None:
+        x, gradient = observer.by_example(x), observer.by_example(gradient.detach())
+        if "weight" in names:
+            observer.add(names["weight"], torch.einsum("bto,bti->boi", gradient, x.to(gradient.dtype)))
+        if "bias" in names:
+            observer.add(names["bias"], gradient.sum(1))
+
+    return module.register_forward_hook(forward)
+
+
+def _watch_bitfit(layer: BitFitLayer, names: Names, observer: Observer) -> RemovableHandle:
+    """∂/∂δ is the gradient of the output, summed over positions."""
+
+    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if layer.disable_adapters:  # the bare backbone runs, for label texts
+            return
+        observer.sees(names, len(output))
+        if output.requires_grad:
+            output.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    def backward(gradient: Tensor) -> None:
+        observer.add(names["bitfit_bias"], observer.by_example(gradient.detach()).sum(1))
+
+    return layer.register_forward_hook(forward)
+
+
+def _watch_prefix(layer: PrefixLayer, names: Names, observer: Observer) -> RemovableHandle:
+    """Every row has its own copy of the keys and values; an example's gradient is the sum over its rows."""
+
+    def forward(_: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        observer.sees(names, len(output[0]))
+        for name, rows in zip(("prefix_key", "prefix_value"), output, strict=True):
+            if rows.requires_grad:
+                rows.register_hook(lambda g, name=name: backward(name, g))  # type: ignore[no-untyped-call]
+
+    def backward(name: str, gradient: Tensor) -> None:
+        rows = observer.by_example(gradient.detach().flatten(1))
+        observer.add(names[name], rows.sum(1).view(-1, *gradient.shape[1:]))
+
+    (active,) = layer.active_adapters  # type: ignore[misc]
+    return layer.prefix_rows[active].register_forward_hook(forward)
+
+
+WATCHERS: dict[type[nn.Module], Watcher] = {
+    nn.Linear: _watch_linear,
+    BitFitLayer: _watch_bitfit,
+    PrefixLayer: _watch_prefix,
+}
+
+
+def _watcher(site: Attached, owner: nn.Module, names: Names) -> Watcher:
+    for kind, watcher in WATCHERS.items():
+        if isinstance(owner, kind):
+            return watcher
+    key = next(iter(names.values()))
+    raise RefusedError(
+        f"tensor {key} {list(site.parameters[key].shape)} belongs to a {type(owner).__name__}; exact per-example gradients "
+        "are implemented for Linear layers, plain prefixes and BitFit"
+    )
+
+
+def _owners(site: Attached) -> dict[nn.Module, dict[str, str]]:
+    """The layers that hold the expert's tensors, each with their names there."""
+    owners: dict[nn.Module, dict[str, str]] = {}
+    for key, name in site.live_names.items():
+        path, _, attribute = name.rpartition(".")
+        owner = site.backbone.model.get_submodule(path)
+        if isinstance(owner, nn.ParameterDict):  # …layer.prefix_key.default: the layer is two steps up
+            path, _, attribute = path.rpartition(".")
+            owner = site.backbone.model.get_submodule(path)
+        owners.setdefault(owner, {})[attribute] = key
+    return owners
