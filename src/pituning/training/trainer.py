@@ -233,8 +233,8 @@ def _arguments(
         per_device_train_batch_size=batch_size,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
-        # the first warm-up step has rate 0, so that a run of a few steps must have none
-        warmup_steps=round(settings.warmup * steps),
+        # the first warm-up step has rate 0, so that a run of one step must have none
+        warmup_steps=max(1, round(settings.warmup * steps)) if settings.warmup and steps > 1 else 0,
         max_grad_norm=settings.max_grad_norm,
         weight_decay=settings.weight_decay,
         logging_strategy="steps" if folder or progress else "no",
