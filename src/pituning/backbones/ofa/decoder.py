@@ -83,6 +83,7 @@ class OFADecoder(OFAPreTrainedModel):
         encoder_outputs: OFAEncoderOutput,
         attention_mask: Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> dict[str, Any]:
@@ -102,7 +103,8 @@ class OFADecoder(OFAPreTrainedModel):
         target_padding = None
         if past_key_values is None:
             target_padding = padding_of(input_ids, attention_mask, self.config.pad_token_id)
-        hidden = self.embed_scale * self.embed_tokens(input_ids)
+        inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.embed_scale * inputs_embeds
         if self.config.decoder_entangle_position_embedding:
             hidden = hidden + self.embed_positions.weight[past : past + length]
         hidden = F.dropout(self.layernorm_embedding(hidden), self.config.dropout, self.training)

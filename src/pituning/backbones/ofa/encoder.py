@@ -79,6 +79,7 @@ class OFAEncoder(OFAPreTrainedModel):
         patch_images: Tensor | None = None,
         patch_images_2: Tensor | None = None,
         patch_masks: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -91,6 +92,7 @@ class OFAEncoder(OFAPreTrainedModel):
             patch_images: ``[batch, 3, height, width]``, normalised.
             patch_images_2: a second image per example, for configurations with ``type_vocab_size`` 3.
             patch_masks: ``[batch]``, False for examples whose images are to be ignored; by default all True.
+            inputs_embeds: ``[batch, tokens, d_model]``, the tokens' embeddings, where they are looked up already.
 
         Raises:
             DataError: for a text or an image that is larger than the position tables.
@@ -103,7 +105,8 @@ class OFAEncoder(OFAPreTrainedModel):
                 f"{self.config.max_source_positions}"
             )
         text_positions = self.embed_positions.weight[: input_ids.shape[1]]
-        hidden = self.embed_scale * self.embed_tokens(input_ids)
+        inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.embed_scale * inputs_embeds
         hidden = self.layernorm_embedding(self._typed(hidden, 0, text_positions))
         # parts in the order of the sequence: the second image, the first one, the text
         parts, positions = [self._dropout(hidden)], [self.pos_ln(text_positions)]

@@ -81,15 +81,20 @@ class OFAModel(OFAPreTrainedModel):
             encoder_outputs: what the encoder returned, instead of its inputs.
             past_key_values: keys and values of earlier positions; ``decoder_input_ids`` are then the new ones only.
         """
+        if decoder_input_ids is None:
+            raise PituningError("OFA needs decoder_input_ids, or labels to make them from")
+        decoder_embeds = None
         if encoder_outputs is None:
             if input_ids is None:
                 raise PituningError("OFA needs input_ids or encoder_outputs")
+            embeds, decoder_embeds = self._embed_both(input_ids, decoder_input_ids)
             encoder_outputs = self.encoder(
                 input_ids,
                 attention_mask=attention_mask,
                 patch_images=patch_images,
                 patch_images_2=patch_images_2,
                 patch_masks=patch_masks,
+                inputs_embeds=embeds,
                 output_hidden_states=output_hidden_states,
                 output_attentions=output_attentions,
             )
@@ -98,8 +103,6 @@ class OFAModel(OFAPreTrainedModel):
                 "encoder_outputs must be what OFA's encoder returned: the decoder needs its padding_mask and "
                 "position_embeddings as well"
             )
-        if decoder_input_ids is None:
-            raise PituningError("OFA needs decoder_input_ids, or labels to make them from")
         if use_cache and past_key_values is None:
             past_key_values = new_cache()
         decoded = self.decoder(
@@ -107,6 +110,7 @@ class OFAModel(OFAPreTrainedModel):
             encoder_outputs,
             attention_mask=decoder_attention_mask,
             past_key_values=past_key_values,
+            inputs_embeds=decoder_embeds,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -116,6 +120,17 @@ class OFAModel(OFAPreTrainedModel):
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
         )
+
+    def _embed_both(self, source: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Both sides' embeddings from one look-up where the shared table is trained: its dense gradient is made once."""
+        table, other = self.encoder.embed_tokens, self.decoder.embed_tokens
+        # an expert's layer in the place of a table must run as it is
+        shared = type(table) is type(other) is nn.Embedding and table.weight is other.weight
+        if not (shared and torch.is_grad_enabled() and table.weight.requires_grad):
+            return None, None
+        looked_up = table(torch.cat([source.flatten(), target.flatten()]))
+        first, second = looked_up.split([source.numel(), target.numel()])
+        return first.view(*source.shape, -1), second.view(*target.shape, -1)
 
 
 class OFAForConditionalGeneration(OFAPreTrainedModel, GenerationMixin):
