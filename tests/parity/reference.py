@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from pituning.backbones.ofa.configuration import OFAConfig
+from pituning.backbones.ofa.generation import BeamSettings, Hypothesis
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.backbones.ofa.names import fairseq_name
 
@@ -25,6 +26,7 @@ FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 needs_fixtures = pytest.mark.skipif(
     not FIXTURES.is_dir(), reason=f"the reference's recorded numbers are not here: no folder {FIXTURES}"
 )
+TIED = 1e-4  # where scores are closer than this, either may be first
 BATCHES = ("A", "B", "C", "D")
 TINY, REAL, GRADIENT, DOUBLE = 1e-5, 1e-4, 1e-4, 1e-9  # tolerances of the fixtures' README
 
@@ -113,3 +115,26 @@ def recipe(name: str, shape: torch.Size) -> Tensor:
     if name == "encoder.embed_tokens.weight":
         z[1] = 0
     return z
+
+
+def settings_of(arguments: Mapping[str, Any]) -> BeamSettings:
+    """The reference's command line arguments as settings."""
+    names = {"lenpen": "length_penalty"}
+    values = {names.get(k, k): v for k, v in arguments.items() if k != "unnormalized"}
+    return BeamSettings(**values, normalize=not arguments.get("unnormalized", False))
+
+
+def check_hypotheses(found: Sequence[Sequence[Hypothesis]], reference: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Same tokens in the same order, but where scores tie; scores within 1e-5 · max(1, |recorded|)."""
+    for own, theirs in zip(found, reference, strict=True):
+        assert [h.score for h in own] == sorted((h.score for h in own), reverse=True)
+        scores = {tuple(h["tokens"]): h for h in theirs}
+        for hypothesis, expected in zip(own, theirs, strict=True):
+            tokens = tuple(hypothesis.tokens.tolist())
+            if tokens != tuple(expected["tokens"]):
+                assert abs(scores[tokens]["score"] - expected["score"]) < TIED
+                expected = scores[tokens]
+            assert hypothesis.score == pytest.approx(expected["score"], rel=1e-5, abs=1e-5)
+            if "positional_scores" in expected:
+                for position, score in zip(hypothesis.positional_scores, expected["positional_scores"], strict=True):
+                    assert float(position) == pytest.approx(score, rel=1e-5, abs=1e-5)

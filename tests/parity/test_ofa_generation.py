@@ -5,51 +5,36 @@ A further case of the tiny model is one more entry of `MODELS`: a function that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from pituning.backbones.ofa.configuration import OFAConfig
-from pituning.backbones.ofa.generation import BeamSettings, Hypothesis, beam_search
+from pituning.backbones.ofa.generation import beam_search
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
-from tests.parity.reference import FIXTURES, filled, inputs_of, needs_fixtures, recipe, recorded, tiny_model
+from tests.parity.reference import (
+    FIXTURES,
+    check_hypotheses,
+    filled,
+    inputs_of,
+    needs_fixtures,
+    recipe,
+    recorded,
+    settings_of,
+    tiny_model,
+)
 
 pytestmark = needs_fixtures
 SETTINGS = ("refcoco", "long_norepeat2", "beam3_min2_unnormalized_temp", "greedy")
 REFCOCO = {"beam": 5, "min_len": 4, "max_len_a": 0, "max_len_b": 4}
-TIED = 1e-4  # where scores are closer than this, either may be first
 MODELS: Mapping[str, Callable[[], OFAForConditionalGeneration]] = {"plain": tiny_model}
 
 
 @lru_cache(maxsize=1)
 def model_of(case: str) -> OFAForConditionalGeneration:
     return MODELS[case]()
-
-
-def settings_of(arguments: Mapping[str, Any]) -> BeamSettings:
-    """The reference's command line arguments as settings."""
-    names = {"lenpen": "length_penalty"}
-    values = {names.get(k, k): v for k, v in arguments.items() if k != "unnormalized"}
-    return BeamSettings(**values, normalize=not arguments.get("unnormalized", False))
-
-
-def check_hypotheses(found: Sequence[Sequence[Hypothesis]], reference: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    """Same tokens in the same order, but where scores tie; scores within 1e-5 · max(1, |recorded|)."""
-    for own, theirs in zip(found, reference, strict=True):
-        assert [h.score for h in own] == sorted((h.score for h in own), reverse=True)
-        scores = {tuple(h["tokens"]): h for h in theirs}
-        for hypothesis, expected in zip(own, theirs, strict=True):
-            tokens = tuple(hypothesis.tokens.tolist())
-            if tokens != tuple(expected["tokens"]):
-                assert abs(scores[tokens]["score"] - expected["score"]) < TIED
-                expected = scores[tokens]
-            assert hypothesis.score == pytest.approx(expected["score"], rel=1e-5, abs=1e-5)
-            if "positional_scores" in expected:
-                for position, score in zip(hypothesis.positional_scores, expected["positional_scores"], strict=True):
-                    assert float(position) == pytest.approx(score, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pituning.backbones.ofa.configuration import OFAConfig
+from pituning.backbones.ofa.generation import beam_search
 from pituning.backbones.ofa.loss import label_smoothed_nll
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.experts import Expert, ExpertCard
@@ -28,13 +30,17 @@ from tests.parity.reference import (
     BATCHES,
     DOUBLE,
     FIXTURES,
+    REAL,
     TINY,
     assert_near,
     assert_same_gradient,
+    check_hypotheses,
     filled,
     inputs_of,
     needs_fixtures,
+    recipe,
     recorded,
+    settings_of,
     targets_of,
     tiny_config,
 )
@@ -61,11 +67,11 @@ def bottleneck(tensors: Mapping[str, Tensor], key: str, expert: str = "") -> Ten
     return tensors[f"{layer.removeprefix('model.')}.{adapter}.{half}_proj.{kind}"]
 
 
-def prefix(tensors: Mapping[str, Tensor], key: str, expert: str = "") -> Tensor:
+def prefix(tensors: Mapping[str, Tensor], key: str, expert: str = "", layers: int = 2, width: int = 32) -> Tensor:
     """One table per stack: of its columns, layer i has the i-th pair of key and value."""
     stack, layer, part = re.fullmatch(r"model\.(\w+)\.layers\.(\d+)\.self_attn\.prefix_(\w+)", key).groups()  # type: ignore[union-attr]
     table = tensors[f"{stack}.{stack}_prompt_encoder{expert}.embedding.weight"]
-    return table.unflatten(1, (2, 2, 32))[:, int(layer), ["key", "value"].index(part)]
+    return table.unflatten(1, (layers, 2, width))[:, int(layer), ["key", "value"].index(part)]
 
 
 def bitfit(tensors: Mapping[str, Tensor], key: str, expert: str = "") -> Tensor:
@@ -266,3 +272,122 @@ def test_gradients_of_two_experts(case: str) -> None:
             for i, half in enumerate(a.grad.chunk(2)):
                 key = f"{module.removeprefix(PREFIX)}.lora_A.weight"
                 assert_same_gradient(half, lora(gradients, key, f".{i}"), key)
+
+
+def searched(model: Any, case: str) -> None:
+    """Compare every recorded beam search of a case."""
+    _, meta = recorded(case)
+    assert set(meta["generate"]) == {"A", "B"}
+    for batch, settings in meta["generate"].items():
+        for setting in settings.values():
+            check_hypotheses(beam_search(model, inputs_of(batch), settings_of(setting["args"])), setting["hypos"])
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_beam_search_with_one_expert(case: str) -> None:
+    model, _ = adapted(case)
+    searched(model.get_base_model(), case)
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_beam_search_with_two_experts(case: str) -> None:
+    """φ̄ is written into one expert's place; the reference runs both at every step."""
+    model, mixture, live, _ = mixed(case)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, tensor in mixture().items():
+            parameters[live[key]].copy_(tensor)
+    searched(model.get_base_model(), case)  # type: ignore[operator]
+
+
+REAL_SIZE = {
+    "adapter": (BottleneckConfig(r=128, target_modules=["self_attn_output", "ffn_output"]), bottleneck),
+    "lora": (LoraConfig(r=16, lora_alpha=1, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]), lora),
+    "prefix": (PrefixConfig(length=100, target_modules=["self_attn"]), prefix),
+}
+
+
+class ByRecipe(dict[str, Tensor]):
+    """Tensors that are made from their names when they are asked for."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def __missing__(self, name: str) -> Tensor:
+        return recipe(name, self.shapes[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", REAL_SIZE)
+def test_real_size(method: str) -> None:
+    config, read = REAL_SIZE[method]
+    case = f"real_tiny_{method}_k1"
+    outputs, meta = recorded(case)
+    expected = meta["cases"]["64x64"]
+    model = get_peft_model(filled(OFAConfig.of_size("tiny"), recipe), config).eval()
+    live = {_file_key(n).removeprefix(PREFIX): p for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in live.values()) == meta["n_trainable"]
+    shapes = {} if method == "prefix" else {name_there(k, method): p.shape for k, p in live.items()}
+    for stack in ("encoder", "decoder"):
+        shapes[f"{stack}.{stack}_prompt_encoder.embedding.weight"] = torch.Size((100, 4 * 2 * 256))
+    tensors = ByRecipe(shapes)
+    with torch.no_grad():
+        for key, parameter in live.items():
+            parameter.copy_(prefix(tensors, key, layers=4, width=256) if method == "prefix" else read(tensors, key))
+    values = {
+        "input_ids": outputs["64x64.src_tokens"],
+        "patch_images": load_file(FIXTURES / "inputs" / "real_patch_images_64x64.safetensors")["patch_images"],
+    }
+    labels = outputs["64x64.target"].masked_fill(outputs["64x64.target"] == 1, -100)
+    logits = model(**values, decoder_input_ids=outputs["64x64.prev_output_tokens"]).logits
+    assert_near(logits.detach()[..., ::211], outputs["64x64.logits_slice"], REAL)
+    assert logits.argmax(-1).tolist() == expected["argmax"]
+    loss = label_smoothed_nll(logits, labels, 0.1).sum()
+    assert_near(loss.detach(), expected["loss_sum_ls0.1"], REAL)
+    loss.backward()
+    norms: dict[str, float] = {}
+    for key, parameter in live.items():
+        name = f"{key.split('.')[1]}_prompt" if method == "prefix" else name_there(key, method)
+        norms[name] = norms.get(name, 0.0) + float(parameter.grad.double().square().sum())
+    for name, norm in expected["grad_l2"].items():
+        name = f"{name.split('.')[0]}_prompt" if method == "prefix" else name
+        assert norms[name] ** 0.5 == pytest.approx(norm, rel=1e-3, abs=1e-4), name
+    settings = settings_of({"beam": 5, "min_len": 4, "max_len_a": 0, "max_len_b": 4})
+    check_hypotheses(beam_search(model.get_base_model(), values, settings), expected["beam5"])
+
+
+def name_there(key: str, method: str) -> str:
+    """The reference's name of one of our expert tensors."""
+
+    class Asked(dict[str, str]):
+        def __missing__(self, name: str) -> str:
+            return name
+
+    return str({"adapter": bottleneck, "lora": lora}[method](Asked(), key))  # type: ignore[arg-type]
+
+
+METHOD_OF = {"adapter_single": "adapter", "adapter_single_frozenbn": "adapter", "lora_single": "lora"}
+
+
+@pytest.mark.parametrize("case", [*METHOD_OF, "prefix_single"])
+def test_the_references_own_estimate_of_the_task_embedding(case: str) -> None:
+    """Squares of summed batch gradients in training mode: not what the product computes, but it can be reproduced."""
+    model, live = adapted(case.removesuffix("_frozenbn"), dropout=0.0)
+    model.train()
+    frozen = case.endswith("_frozenbn")
+    model.get_base_model().model.encoder.embed_images.requires_grad_(
+        not frozen
+    )  # trained norms use the batch's statistics
+    read = SINGLE[case.removesuffix("_frozenbn")].read
+    tensors = load_file(FIXTURES / "fim" / "fim.safetensors")
+    total = {k: torch.zeros_like(p) for k, p in live.items()}
+    for batch, recorded_as in (("A", "A"), ("B", "sumAB")):
+        model.zero_grad()
+        values, labels = arguments(batch)
+        label_smoothed_nll(model(**values).logits, labels, 0.1).sum().backward()
+        there = {k.removeprefix(f"{case}.{recorded_as}."): t for k, t in tensors.items()}
+        for key, parameter in live.items():
+            total[key] += parameter.grad.square()
+            if batch == "B" or case == "prefix_single" or name_there(key, METHOD_OF[case]) in there:
+                assert_same_gradient(total[key], read(there, key), key)
