@@ -70,8 +70,13 @@ def _load_ofa(name: str, source: str, device: str | torch.device, dtype: torch.d
     from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
     from pituning.backbones.ofa.processing import OFAProcessor
 
-    with _without_bar():
-        model, found = OFAForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    try:
+        with _without_bar():
+            model, found = OFAForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except RuntimeError as error:  # transformers' word for tensors of other shapes
+        raise PituningError(
+            f"backbone {name!r}: the tensors in {source} do not fit its configuration: {error}"
+        ) from error
     problems = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in sorted(keys, key=str)]
     if problems:
         listed = "".join(f"\n  {p}" for p in problems[:8])

@@ -40,6 +40,16 @@ def test_token_buckets(bucket_size: int) -> None:
     assert torch.equal(token_bucket_matrix(5, bucket_size, CPU), found[:5, :5])
 
 
+def test_buckets_do_not_depend_on_the_default_dtype() -> None:
+    expected = token_bucket_matrix(1024, 256, CPU)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(token_bucket_matrix(1024, 256, CPU), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_texts_beyond_the_buckets_are_refused() -> None:
     with pytest.raises(DataError, match="1025 tokens"):
         token_bucket_matrix(1025, 16, CPU)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from pituning.backbones.ofa.generation import BeamSettings, beam_search
 from pituning.backbones.ofa.modeling import OFAEncoderOutput, OFAForConditionalGeneration
 from pituning.backbones.ofa.processing import OFAProcessor
 from pituning.data.images import open_image
-from pituning.errors import PituningError, RefusedError
+from pituning.errors import DataError, PituningError, RefusedError
 from pituning.example import Box, Example
 
 INPUTS = ("input_ids", "attention_mask", "patch_images", "patch_masks")
 BOX_SEARCH = BeamSettings(beam=5, min_len=4, max_len_b=4)  # the paper's evaluation of RefCOCO
 TEXT_SEARCH = BeamSettings(beam=5, max_len_b=64)
+_BEAM_NAMES = {"num_beams": "beam", "max_new_tokens": "max_len_b"}  # transformers' words for the same
 _UNUSED = ("decoder.image_pos_ln", "decoder.code_layernorm_embedding")  # they serve sequences of image codes only
 
 
@@ -72,8 +73,14 @@ class OFABackbone(Backbone):
         ``choices`` holds each example's answers; ``sizes`` the width and height of its image in pixels, for boxes.
 
         Raises:
-            DataError: for an image that cannot be read.
+            DataError: for an image that cannot be read, or a target that is not among the example's answers.
         """
+        for example in examples:
+            if example.choices and example.target not in example.choices:
+                raise DataError(
+                    f"example {example.id!r}: its target {example.target!r} is not one of its answers: "
+                    f"{', '.join(map(repr, example.choices[:8]))}"
+                )
         images = [None if e.image is None else open_image(e.image, e.id) for e in examples]
         batch = self.processor(texts=[e.prompt for e in examples], images=images)
         targets = [self._target(e, None if i is None else i.size) for e, i in zip(examples, images, strict=True)]
@@ -107,7 +114,11 @@ class OFABackbone(Backbone):
         """See :meth:`Backbone.generate`.
 
         Args:
-            options: fields of :class:`BeamSettings`; or, with ``do_sample=True``, those of ``model.generate``.
+            options: ``num_beams`` (default 5), ``max_new_tokens`` and the other fields of :class:`BeamSettings`; or, with
+                ``do_sample=True``, the settings of ``model.generate``.
+
+        Raises:
+            PituningError: for a setting that does not exist.
         """
         if options.pop("do_sample", False):
             inputs = {k: batch[k] for k in INPUTS if k in batch}
@@ -115,15 +126,15 @@ class OFABackbone(Backbone):
                 **inputs, **{"max_new_tokens": TEXT_SEARCH.max_len_b, **options}, do_sample=True
             )
             return [self.processor.decode(row.tolist()) for row in drawn]
-        beams = options.pop("num_beams", TEXT_SEARCH.beam)
-        settings = replace(TEXT_SEARCH, beam=beams, **options)
-        found = beam_search(self.model, self._encode(batch), settings)
+        renamed = {_BEAM_NAMES.get(name, name): value for name, value in options.items()}
+        found = beam_search(self.model, self._encode(batch), _changed(TEXT_SEARCH, renamed))
         return [self.processor.decode(hypotheses[0].tokens.tolist()) for hypotheses in found]
 
     def locate(self, batch: Batch, **options: Any) -> list[Box | None]:
         """See :meth:`Backbone.locate`: four location tokens by beam search, as a box in the image's own pixels."""
-        settings = replace(BOX_SEARCH, **options)
-        found = beam_search(self.model, self._encode(batch), settings, only=self.processor.bin_range)
+        found = beam_search(
+            self.model, self._encode(batch), _changed(BOX_SEARCH, options), only=self.processor.bin_range
+        )
         return [
             None if size is None else self.processor.decode_box(hypotheses[0].tokens.tolist(), size)
             for hypotheses, size in zip(found, batch["sizes"], strict=True)
@@ -145,3 +156,10 @@ class OFABackbone(Backbone):
 
     def _trie(self, choices: Sequence[str]) -> TokenTrie:
         return TokenTrie([self._answer(c) for c in choices])
+
+
+def _changed(settings: BeamSettings, options: Mapping[str, Any]) -> BeamSettings:
+    known = {f.name for f in fields(BeamSettings)}
+    if unknown := sorted(set(options) - known):
+        raise PituningError(f"beam search has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return replace(settings, **options)

@@ -33,6 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "decoder_layers": 12,
         "encoder_attention_heads": 16,
         "resnet_type": "resnet152",
+        "interpolate_position": True,  # pretrained at 256 pixels, used at 480
     },
 }
 
@@ -46,13 +47,14 @@ class OFAConfig(PreTrainedConfig):
         d_model: width of encoder and decoder.
         encoder_layers, decoder_layers, encoder_attention_heads, decoder_attention_heads, encoder_ffn_dim,
             decoder_ffn_dim: sizes; what is left out of the decoder is the encoder's, an FFN left out is 4 · ``d_model``.
+        activation_function: of the FFNs, by its name in transformers.
         dropout, attention_dropout, activation_dropout: probabilities.
         encoder_drop_path_rate, decoder_drop_path_rate, resnet_drop_path_rate: stochastic depth of the last layer or
             block; it grows linearly from 0 over the layers (over each stage's blocks in the stem).
-        max_source_positions, max_target_positions: longest source text and target, in tokens.
+        max_source_positions, max_target_positions: longest source text and target, in tokens; at most 1024.
         token_bucket_size: half the number of relative text position buckets.
         image_bucket_size: patches per side of the image position tables: an image has at most 16 times as many pixels.
-        code_image_size: side in pixels of the images whose codes the decoder can write (only its table's size here).
+        code_image_size: kept for the format; writing image codes is not supported.
         attn_scale_factor: scores are divided by sqrt(head width · factor), the positions' as well as the contents'.
         scale_embedding: multiply embeddings by sqrt(``d_model``).
         layernorm_embedding, patch_layernorm_embedding, code_layernorm_embedding, add_type_embedding: parts of the
@@ -67,9 +69,12 @@ class OFAConfig(PreTrainedConfig):
         freeze_resnet: normalise with stored statistics and do not train scale and shift, even in full fine-tuning.
             (Whatever the setting, the statistics stay as they are where the norms' scale requires no gradient.)
         interpolate_position, orig_patch_image_size: for images larger than the pretraining's ``orig_patch_image_size``
-            pixels, interpolate its absolute positions (OFA-huge).
+            pixels, interpolate its absolute positions (OFA-huge: pretrained at 256).
         reference_rounding: compute GELU and the attention's softmax in float32 whatever the model's dtype, as the original
             code does; for comparing float64 figures with its own.
+        init_std: standard deviation of new weights.
+        use_cache: whether ``generate`` keeps keys and values.
+        pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id: OFA's are 1, 0, 2 and 0.
 
     Raises:
         PituningError: for sizes that do not fit together.
@@ -147,6 +152,14 @@ class OFAConfig(PreTrainedConfig):
             heads = getattr(self, f"{side}_attention_heads")
             if self.d_model % heads:
                 raise PituningError(f"OFAConfig: d_model {self.d_model} is not a multiple of {heads} {side} heads")
+        for name in ("max_source_positions", "max_target_positions"):
+            if getattr(self, name) > MAX_RELATIVE_POSITION:
+                raise PituningError(
+                    f"OFAConfig: {name} = {getattr(self, name)}, but relative positions reach {MAX_RELATIVE_POSITION} tokens"
+                )
+        for name in ("encoder_drop_path_rate", "decoder_drop_path_rate", "resnet_drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise PituningError(f"OFAConfig: {name} = {getattr(self, name)} must be at least 0 and less than 1")
         super().__post_init__(**kwargs)
 
     def _set_stem(self) -> None:

@@ -16,7 +16,7 @@ from pituning.backbones.ofa.layers import OFADecoderLayer
 from pituning.backbones.ofa.positions import absolute_scores, look_up, token_bucket_matrix
 from pituning.backbones.ofa.pretrained import OFAPreTrainedModel, padding_of, position_tables
 from pituning.backbones.ofa.stem import drop_path_rates
-from pituning.errors import DataError
+from pituning.errors import DataError, PituningError
 
 FIRST_CAPACITY = 16  # target positions whose biases are computed at a cached decoding's first step; doubled when needed
 
@@ -90,8 +90,11 @@ class OFADecoder(OFAPreTrainedModel):
         """Decode; shapes as in :class:`OFAModel`.
 
         Raises:
-            DataError: for targets longer than the position table.
+            DataError: for targets longer than the position table, or padded on the left.
+            PituningError: for a static cache.
         """
+        if past_key_values is not None and past_key_values.is_compileable:
+            raise PituningError("OFA decodes with a growing cache; leave out cache_implementation='static'")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = input_ids.shape[1]
         biases = self._biases(encoder_outputs, past + length, past_key_values)
@@ -100,9 +103,7 @@ class OFADecoder(OFAPreTrainedModel):
         assert padding is not None
         if padding.any():
             cross_bias = cross_bias.masked_fill(padding[:, None, None, :], float("-inf"))
-        target_padding = None
-        if past_key_values is None:
-            target_padding = padding_of(input_ids, attention_mask, self.config.pad_token_id)
+        hidden_away = self._hidden_targets(input_ids, attention_mask, past)
         inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = self.embed_scale * inputs_embeds
         if self.config.decoder_entangle_position_embedding:
@@ -111,15 +112,15 @@ class OFADecoder(OFAPreTrainedModel):
         states, self_weights, cross_weights = [hidden], [], []
         for layer, bias in zip(self.layers, biases.self_attention, strict=True):
             bias = bias[:, :, past : past + length, : past + length]
-            if target_padding is not None and target_padding.any():
-                bias = bias.masked_fill(target_padding[:, None, None, :], float("-inf"))
+            if hidden_away is not None:
+                bias = bias.masked_fill(hidden_away[:, None, None, :], float("-inf"))
             hidden, own, cross = layer(
                 hidden,
                 encoder_outputs.last_hidden_state,
                 bias,
                 cross_bias,
-                past_key_values,
-                bool(output_attentions),
+                past_key_values=past_key_values,  # by name: gradient checkpointing leaves it out
+                output_attentions=bool(output_attentions),
             )
             states.append(hidden)
             self_weights.append(own)
@@ -131,6 +132,25 @@ class OFADecoder(OFAPreTrainedModel):
             "decoder_attentions": tuple(self_weights) if output_attentions else None,
             "cross_attentions": tuple(cross_weights) if output_attentions else None,
         }
+
+    def _hidden_targets(self, tokens: Tensor, mask: Tensor | None, past: int) -> Tensor | None:
+        """Where targets hold padding, ``[rows, past + length]``; ``None`` if nowhere. Generated padding needs no hiding.
+
+        Raises:
+            DataError: for a mask of another length, or padding on the left.
+        """
+        if mask is None and past:
+            return None
+        hidden = padding_of(tokens, mask, self.config.pad_token_id)
+        if hidden.shape[1] != past + tokens.shape[1]:
+            raise DataError(
+                f"the decoder's attention mask is for {hidden.shape[1]} positions, the target has {past + tokens.shape[1]}"
+            )
+        if not hidden.any():
+            return None
+        if hidden[:, 0].any():
+            raise DataError("a target is padded on the left, where its positions are counted from: pad on the right")
+        return hidden
 
     def _biases(
         self, encoder_outputs: OFAEncoderOutput, needed: int, cache: EncoderDecoderCache | None

@@ -14,7 +14,6 @@ from pituning.backbones.ofa.layers import OFAEncoderLayer
 from pituning.backbones.ofa.positions import (
     absolute_scores,
     image_bucket_matrix,
-    look_up,
     patch_positions,
     token_bucket_matrix,
 )
@@ -115,7 +114,7 @@ class OFAEncoder(OFAPreTrainedModel):
             if images is None:
                 continue
             patches, place, grid = self._patches(images, kind)
-            hidden_away = ~patch_masks if patch_masks is not None else padding.new_zeros(len(images))
+            hidden_away = ~patch_masks.bool() if patch_masks is not None else padding.new_zeros(len(images))
             padding = torch.cat([hidden_away[:, None].expand(-1, patches.shape[1]), padding], dim=1)
             parts, positions, grids = [patches, *parts], [place, *positions], [grid, *grids]
         hidden = torch.cat(parts, dim=1)
@@ -126,9 +125,12 @@ class OFAEncoder(OFAPreTrainedModel):
         )
         if padding.any():
             bias = bias.masked_fill(padding[:, None, None, :], float("-inf"))
+        places = self._relative_places(grids, input_ids.shape[1], bias.device)
         states, attentions = [hidden], []
-        for index, layer in enumerate(self.layers):
-            hidden, weights = layer(hidden, self._layer_bias(bias, index, grids), bool(output_attentions))
+        tables = zip(self.image_rel_pos_table_list, self.token_rel_pos_table_list, strict=True)
+        for layer, both in zip(self.layers, tables, strict=True):
+            relative = [(start, both[is_text], buckets) for start, is_text, buckets in places]
+            hidden, weights = layer(hidden, bias, relative, bool(output_attentions))
             states.append(hidden)
             attentions.append(weights)
         return OFAEncoderOutput(
@@ -149,11 +151,11 @@ class OFAEncoder(OFAPreTrainedModel):
 
     def _patches(self, images: Tensor, kind: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Hidden states ``[batch, patches, d_model]``, normed positions ``[patches, d_model]`` and (height, width)."""
-        if kind > 1 and (self.type_embedding is None or self.type_embedding.num_embeddings <= kind):
+        types = 2 if self.type_embedding is None else self.type_embedding.num_embeddings
+        if kind >= types:
             raise PituningError(
-                "this OFA model cannot tell a second image from the first: its type embedding has "
-                f"{0 if self.type_embedding is None else self.type_embedding.num_embeddings} rows; configure "
-                "type_vocab_size=3 and train it"
+                f"this OFA model has {types} types of input, and image number {kind} would be one more: configure "
+                f"type_vocab_size={kind + 1} and train it"
             )
         size = self.config.image_bucket_size * STEM_STRIDE
         if max(images.shape[-2:]) > size:  # before the stem's work; patch_positions checks again
@@ -161,7 +163,7 @@ class OFAEncoder(OFAPreTrainedModel):
                 f"images of {images.shape[-2]} × {images.shape[-1]} pixels do not fit this model's position table of "
                 f"{size} × {size} pixels: resize them"
             )
-        features = self.embed_images(images.to(self.image_proj.weight.dtype))
+        features = self.embed_images(images.to(self.embed_images.conv1.weight.dtype))
         height, width = features.shape[-2:]
         positions = self._image_positions(height, width)
         hidden = self.embed_scale * self.image_proj(features.flatten(2).transpose(1, 2))
@@ -178,14 +180,12 @@ class OFAEncoder(OFAPreTrainedModel):
         known = known.view(1, side, side, -1).permute(0, 3, 1, 2)
         return F.interpolate(known, size=(height, width), mode="bilinear")[0].flatten(1).t()
 
-    def _layer_bias(self, bias: Tensor, index: int, grids: list[tuple[int, int]]) -> Tensor:
-        """The absolute product plus this layer's relative numbers within each image and within the text."""
-        bias, start = bias.clone(), 0
+    def _relative_places(
+        self, grids: list[tuple[int, int]], tokens: int, device: torch.device
+    ) -> list[tuple[int, bool, Tensor]]:
+        """First position, whether it is the text, and buckets of each part of the sequence."""
+        places, start = [], 0
         for height, width in grids:
-            end = start + height * width
-            buckets = image_bucket_matrix(height, width, self.config.image_bucket_size, bias.device)
-            bias[..., start:end, start:end] += look_up(self.image_rel_pos_table_list[index], buckets)
-            start = end
-        buckets = token_bucket_matrix(bias.shape[-1] - start, self.config.token_bucket_size, bias.device)
-        bias[..., start:, start:] += look_up(self.token_rel_pos_table_list[index], buckets)
-        return bias
+            places.append((start, False, image_bucket_matrix(height, width, self.config.image_bucket_size, device)))
+            start += height * width
+        return [*places, (start, True, token_bucket_matrix(tokens, self.config.token_bucket_size, device))]

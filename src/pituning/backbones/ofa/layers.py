@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pituning.backbones.ofa.configuration import OFAConfig
+from pituning.backbones.ofa.positions import with_relative
 from pituning.backbones.ofa.stem import DropPath
 
 
@@ -192,11 +194,21 @@ class OFAEncoderLayer(GradientCheckpointingLayer, FeedForward):
         self._add_feed_forward(config, config.encoder_ffn_dim, drop_path_rate)
 
     def forward(
-        self, hidden_states: Tensor, bias: Tensor, output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        bias: Tensor,
+        relative: Sequence[tuple[int, nn.Module, Tensor]] = (),
+        output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """``[batch, length, d_model]`` to the same, and the attention weights if wanted."""
+        """``[batch, length, d_model]`` to the same, and the attention weights if wanted.
+
+        ``bias`` is the same in all layers. What this layer adds to it, ``relative`` (see :func:`with_relative`), is added
+        here, so that gradient checkpointing does not keep one sum per layer.
+        """
         x, weights = self.self_attn(
-            self.self_attn_layer_norm(hidden_states), bias=bias, output_attentions=output_attentions
+            self.self_attn_layer_norm(hidden_states),
+            bias=with_relative(bias, relative),
+            output_attentions=output_attentions,
         )
         hidden_states = hidden_states + self.drop_path(self.self_attn_output(self.self_attn_mid_layer_norm(x)))
         return self._feed_forward(hidden_states, self.drop_path), weights

@@ -200,7 +200,8 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, GenerationMixin):
         logits = self.lm_head(output.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         values = {k: v for k, v in output.items() if k != "last_hidden_state"}
         return Seq2SeqLMOutput(loss=loss, logits=logits, **values)
 

@@ -10,7 +10,7 @@ Dai et al., "CoAtNet", NeurIPS 2021 (the image buckets).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,18 @@ from pituning.backbones.ofa.configuration import MAX_RELATIVE_POSITION, STEM_STR
 from pituning.errors import DataError
 
 
-@lru_cache(maxsize=16)
-def token_buckets(bucket_size: int, device: torch.device) -> Tensor:
+def token_buckets(bucket_size: int) -> Tensor:
     """Bucket of every relative text position, shape ``[2 · 1024 − 1]``; position i − j is at index i − j + 1023.
 
     Within half a ``bucket_size`` every distance has its own bucket, beyond it buckets grow logarithmically.
     """
     longest = MAX_RELATIVE_POSITION
-    relative = torch.arange(1 - longest, longest)
+    relative = torch.arange(1 - longest, longest, device="cpu")  # elsewhere a logarithm may round differently
     middle = bucket_size // 2
-    distance = torch.where(relative.abs() < middle, middle - 1, relative.abs())
+    distance = torch.where(relative.abs() < middle, middle - 1, relative.abs()).to(torch.float32)
     logarithmic = torch.ceil(torch.log(distance / middle) / math.log((longest - 1) / middle) * (middle - 1)) + middle
     buckets = torch.where(distance <= middle, relative, logarithmic.int() * relative.sign())
-    return (buckets.long() + bucket_size - 1).to(device)
+    return buckets.long() + bucket_size - 1
 
 
 def token_bucket_matrix(length: int, bucket_size: int, device: torch.device) -> Tensor:
@@ -44,10 +43,9 @@ def token_bucket_matrix(length: int, bucket_size: int, device: torch.device) -> 
         raise DataError(f"a text of {length} tokens is longer than the {MAX_RELATIVE_POSITION} that OFA can place")
     position = torch.arange(length, device=device)
     relative = position[:, None] - position[None, :]
-    return token_buckets(bucket_size, device)[relative + MAX_RELATIVE_POSITION - 1]
+    return token_buckets(bucket_size).to(device)[relative + MAX_RELATIVE_POSITION - 1]
 
 
-@lru_cache(maxsize=16)
 def image_bucket_matrix(height: int, width: int, bucket_size: int, device: torch.device) -> Tensor:
     """Bucket of each pair of patches of an image, row by row, shape ``[height · width, height · width]``."""
     row = torch.arange(height, device=device).repeat_interleave(width)
@@ -82,6 +80,19 @@ def look_up(table: nn.Module, buckets: Tensor) -> Tensor:
     """One learned number per head for each pair of positions: buckets ``[n, m]`` to ``[heads, n, m]``."""
     assert isinstance(table, nn.Embedding)
     return table.weight.t()[:, buckets]
+
+
+def with_relative(bias: Tensor, parts: Sequence[tuple[int, nn.Module, Tensor]]) -> Tensor:
+    """A copy of score biases ``[…, heads, n, n]`` with a layer's learned numbers added within parts of the sequence.
+
+    Args:
+        parts: the first position of each part, its table, and the buckets ``[length, length]`` of its pairs.
+    """
+    bias = bias.clone()
+    for start, table, buckets in parts:
+        end = start + len(buckets)
+        bias[..., start:end, start:end] += look_up(table, buckets)
+    return bias
 
 
 def absolute_scores(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:

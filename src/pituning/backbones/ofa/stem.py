@@ -45,32 +45,41 @@ def drop_path_rates(last: float, count: int) -> list[float]:
 
 
 class StemBatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose statistics move only where its own scale is trained; a frozen backbone never drifts."""
+    """BatchNorm whose statistics move only where its own scale is trained; a frozen backbone never drifts.
+
+    Args:
+        frozen: never move the statistics and never train scale and shift, whatever requires a gradient.
+    """
+
+    def __init__(self, width: int, frozen: bool) -> None:
+        super().__init__(width)
+        self.frozen = frozen
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, channels, height, width]`` to the same."""
-        if self.training and self.weight.requires_grad:
+        if self.training and self.weight.requires_grad and not self.frozen:
             return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        scale, shift = (self.weight.detach(), self.bias.detach()) if self.frozen else (self.weight, self.bias)
+        return F.batch_norm(x, self.running_mean, self.running_var, scale, shift, False, 0.0, self.eps)
 
 
 class StemBlock(nn.Module):
     """1×1, 3×3 and 1×1 convolutions beside a shortcut."""
 
-    def __init__(self, channels: int, width: int, stride: int, drop_path_rate: float) -> None:
+    def __init__(self, channels: int, width: int, stride: int, drop_path_rate: float, frozen: bool) -> None:
         super().__init__()
         out = width * EXPANSION
         self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
-        self.bn1 = StemBatchNorm(width)
+        self.bn1 = StemBatchNorm(width, frozen)
         self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = StemBatchNorm(width)
+        self.bn2 = StemBatchNorm(width, frozen)
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
-        self.bn3 = StemBatchNorm(out)
+        self.bn3 = StemBatchNorm(out, frozen)
         self.downsample: nn.Module | None = None
         if stride != 1 or channels != out:
             self.downsample = nn.Sequential(
                 nn.Conv2d(channels, out, 1, stride=stride, bias=False),
-                StemBatchNorm(out),
+                StemBatchNorm(out, frozen),
             )
         self.drop_path = DropPath(drop_path_rate)
 
@@ -96,22 +105,19 @@ class ImageStem(nn.Module):
         assert config.resnet_widths is not None
         channels = config.resnet_stem_width
         self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
-        self.bn1 = StemBatchNorm(channels)
+        self.bn1 = StemBatchNorm(channels, config.freeze_resnet)
         stages = []
         for index, (blocks, width) in enumerate(zip(config.resnet_layers, config.resnet_widths, strict=True)):
             rates = drop_path_rates(config.resnet_drop_path_rate, blocks)
             stage = []
             for block in range(blocks):
                 stride = 2 if index and not block else 1
-                stage.append(StemBlock(channels, width, stride, rates[block] if block else 0.0))
+                rate = rates[block] if block else 0.0
+                stage.append(StemBlock(channels, width, stride, rate, config.freeze_resnet))
                 channels = width * EXPANSION
             stages.append(nn.Sequential(*stage))
         self.layer1, self.layer2, self.layer3 = stages
         self.out_channels = channels
-        if config.freeze_resnet:
-            for module in self.modules():
-                if isinstance(module, StemBatchNorm):
-                    module.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """``[batch, 3, height, width]`` to ``[batch, channels, height / 16, width / 16]``, rounded up."""
