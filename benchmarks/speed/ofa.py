@@ -4,7 +4,8 @@ Run: python benchmarks/speed/ofa.py [--sizes tiny base] [--only adapter] [--repe
 
 Every case runs in a process of its own: 2 threads, float32, image 256×256, source 20 tokens, target 5, adapter r = 128,
 LoRA r = 16 on q, k, v, out, prefix 100 + 100; training mode with dropout 0.1 and drop-path 0.2, forward and backward without
-an optimizer step. The reference's seconds (official code, CPU, 2 threads) and its machine's probe time are facts recorded
+an optimizer step. "beam" with several experts runs the one that they collapse into, as a user would; the reference runs them
+all. "fisher" is the cost of one batch more, per-example and exact; the reference squares the gradient of the batch. Its seconds (official code, CPU, 2 threads) and its machine's probe time are facts recorded
 beside it: absolute times compare only in units of ``speed_probe.py``, which runs before and after each case (``--probe``).
 ``ratio`` is (ours / our probe) / (reference / its probe); below 1 is faster than the reference.
 """
@@ -68,6 +69,7 @@ REFERENCE: dict[tuple[str, str, int, int], tuple[float, int, float, int]] = {
     ("beam", "prefix", 1, 2): (0.330, 728, 1.272, 1474),
     ("beam", "prefix", 4, 2): (0.474, 782, 2.033, 1785),
 }
+MORE_BATCHES = 4
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter": ("bottleneck", {"r": 128, "dropout": "drop-path"}),
     "lora": ("lora", {"r": 16, "lora_alpha": 1}),
@@ -128,8 +130,12 @@ def child(size: str, mode: str, method: str, experts: int, batch: int, repeats: 
     trained = sum(t.numel() for e in pool for t in e.tensors.values())
     if mode == "fisher":
         examples = [Example(str(i), ("",), "", "") for i in range(batch)]
-        expert = pool[0]
-        return _result(_repeat(lambda: fisher_diagonal(backbone, expert, examples), repeats), parameters, trained)
+        # what one batch more costs: putting the expert in place and looking at its layers happens once for a whole task
+        few, many = (
+            _repeat(lambda n=n: fisher_diagonal(backbone, pool[0], examples * n, batch_size=batch), repeats)
+            for n in (1, 1 + MORE_BATCHES)
+        )
+        return _result([(m - f) / MORE_BATCHES for f, m in zip(few, many, strict=True)], parameters, trained)
     mixture, carried = build_mixture(pool, train="experts")
     pool.clear()  # the mixture has copies of its own
     if mode == "beam":

@@ -141,9 +141,13 @@ def test_gradient_checkpointing_changes_nothing(inputs: Inputs) -> None:
 
 def test_a_frozen_stem_keeps_its_statistics_in_training(ofa: OFAForConditionalGeneration, inputs: Inputs) -> None:
     before = {k: v.clone() for k, v in ofa.state_dict().items()}
-    reference = ofa.model.encoder.embed_images(inputs["patch_images"])
-    ofa.requires_grad_(False).train()
-    assert torch.equal(ofa.model.encoder.embed_images(inputs["patch_images"]), reference)
+    stem, images = ofa.model.encoder.embed_images, inputs["patch_images"]
+    trainable = stem(images).detach()
+    ofa.requires_grad_(False)
+    frozen = stem(images)
+    torch.testing.assert_close(frozen, trainable, rtol=1e-5, atol=1e-5)
+    assert torch.equal(stem.train()(images), frozen)
+    ofa.train()(**inputs, labels=torch.randint(4, 93, (3, 3)))
     assert all(torch.equal(v, before[k]) for k, v in ofa.state_dict().items())
 
 
