@@ -5,8 +5,10 @@ Run: python benchmarks/speed/ofa.py [--sizes tiny base] [--only adapter] [--repe
 Every case runs in a process of its own: 2 threads, float32, image 256×256, source 20 tokens, target 5, adapter r = 128,
 LoRA r = 16 on q, k, v, out, prefix 100 + 100; training mode with dropout 0.1 and drop-path 0.2, forward and backward without
 an optimizer step. "beam" with several experts runs the one that they collapse into, as a user would; the reference runs them
-all. "fisher" is the cost of one batch more, per-example and exact; the reference squares the gradient of the batch. Its seconds (official code, CPU, 2 threads) and its machine's probe time are facts recorded
-beside it: absolute times compare only in units of ``speed_probe.py``, which runs before and after each case (``--probe``).
+all. "fisher" is the cost of one batch more, per example and exact; the reference squares the gradient of the batch.
+
+The reference's seconds (official code, CPU, 2 threads) and its machine's probe time are facts recorded beside it: absolute
+times compare only in units of ``speed_probe.py``, which runs before and after each case (``--probe``).
 ``ratio`` is (ours / our probe) / (reference / its probe); below 1 is faster than the reference.
 """
 

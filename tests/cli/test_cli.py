@@ -411,7 +411,10 @@ class TestWork:
         found = json.loads(result.stdout)
         assert [e["name"] for e in found["embeddings"]] == ["pocket_gear", "word_tone"]
         assert list(found["problems"]) == ["foreign"]
-        assert "error: 1 of 3 experts could not be embedded:\n  foreign: unknown task" in result.stderr
+        assert (
+            "error: 1 of 3 experts could not be embedded:\n  foreign: expert 'foreign' has no stored embedding"
+            in result.stderr
+        )
 
 
 class TestRun:

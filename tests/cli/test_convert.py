@@ -188,7 +188,8 @@ class TestBackbone:
         lora = random_lora()
         path = file({**merged(state, lora), **lora})
         assert "merged in or not" in error("convert", path, tmp_path / "b", "--to", "backbone")
-        run("convert", path, tmp_path / "b", "--to", "backbone", "--base", base)
+        document = run_json("convert", path, tmp_path / "b", "--to", "backbone", "--base", base)
+        assert document["notes"] == ["the file's expert (48 tensors) is left out"]
         for name in "ab":
             loaded = OFAForConditionalGeneration.from_pretrained(tmp_path / name).eval()
             assert torch.equal(logits(loaded), logits(ofa))
@@ -337,7 +338,7 @@ class TestMovedStatistics:
     ) -> None:
         options = ["--base", base, "--keep-backbone", tmp_path / "own", "--tokenizer", tokenizer]
         document = run_json("convert", moved, tmp_path / "out", *options)
-        assert document["changes"]["batchnorm"] == 32
+        assert (document["changes"]["batchnorm"], document["tokenizer"]) == (32, True)
         expert, backbone = Expert.load(tmp_path / "out"), load_backbone(str(tmp_path / "own"))
         expert.verify(backbone)
         assert expert.card.backbone == "own"
@@ -347,9 +348,23 @@ class TestMovedStatistics:
             expert.verify(load_backbone(str(base)))
 
     def test_a_kept_backbone_in_half_precision_is_the_one_the_expert_names(self, moved: Path, tmp_path: Path) -> None:
-        run("convert", moved, tmp_path / "out", "--keep-backbone", tmp_path / "own", "--dtype", "bfloat16")
+        shown = run("convert", moved, tmp_path / "out", "--keep-backbone", tmp_path / "own", "--dtype", "bfloat16")
+        assert "none: load_backbone needs one, give --tokenizer" in shown.stdout
         loaded = OFAForConditionalGeneration.from_pretrained(tmp_path / "own", dtype=torch.float32)
         assert Expert.load(tmp_path / "out").card.fingerprint == fingerprint_of(loaded)
+
+    def test_a_kept_backbone_without_vocabulary(self, moved: Path, base: Path, tmp_path: Path) -> None:
+        document = run_json("convert", moved, tmp_path / "a", "--keep-backbone", tmp_path / "own")
+        assert document["tokenizer"] is False
+        document = run_json("convert", moved, tmp_path / "b", "--base", base, "--ignore-batchnorm")
+        assert document["tokenizer"] is None, "no backbone is written"
+
+    def test_a_backbone_without_its_expert_says_what_moved(
+        self, state: dict[str, Tensor], file: Any, base: Path, tmp_path: Path
+    ) -> None:
+        path = file({**drifted(state), **random_lora()})
+        document = run_json("convert", path, tmp_path / "out", "--to", "backbone", "--base", base)
+        assert document["notes"][1] == "32 BatchNorm statistics differ from the base's; written as the file has them"
 
     def test_trained_weights_are_never_ignored(
         self, state: dict[str, Tensor], file: Any, base: Path, tmp_path: Path
@@ -461,7 +476,13 @@ class TestRefusals:
         out, path = tmp_path / "out", file(random_adapters())
         assert "an expert needs its backbone" in error("convert", path, out)
         assert "--task" in error("convert", base_file, out, "--task", "x")
-        assert "--base and --lora-weights tell how" in error("convert", base_file, out, "--base", base)
+        assert "--base would change nothing" in error("convert", base_file, out, "--base", base)
+        lora = ["--lora-weights", "merged"]
+        assert "holds no LoRA" in error("convert", base_file, out, *lora)
+        assert "--lora-weights would change nothing" in error("convert", path, out, "--base", base, *lora)
+        text = error("convert", path, out, "--to", "backbone", "--base", base, *lora)
+        assert "--base and --lora-weights would change nothing" in text
+        assert "--dtype float16 is a backbone's" in error("convert", path, out, "--base", base, "--dtype", "float16")
         assert "a single expert" in error("convert", path, out, "--base", base, "--parts", tmp_path / "parts")
         assert "--tokenizer belongs to a backbone" in error(
             "convert", path, out, "--base", base, "--tokenizer", tokenizer

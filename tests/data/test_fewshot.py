@@ -103,6 +103,14 @@ def test_folds_are_disjoint_complete_and_stratified(sizes: list[int], folds: int
         assert max(counts) - min(counts) <= 1
 
 
+def test_one_shot_in_all_gets_a_remedy(message: Any) -> None:
+    one = [Example("t/0", ("x",), "p", "answer")]
+    assert message(stratified_folds, one, 2, 0) == (
+        "cannot make 2 folds of 1 examples: take at least 2 shots, or give --steps and --learning-rate"
+    )
+    assert "shots" not in message(stratified_folds, one, 1, 0)
+
+
 @pytest.mark.parametrize("folds", [0, 1, 7])
 def test_impossible_folds(folds: int) -> None:
     with pytest.raises(DataError, match=f"cannot make {folds} folds of 6 examples"):

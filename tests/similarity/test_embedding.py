@@ -76,3 +76,13 @@ def test_the_shared_reference_is_the_pools_mean_and_stays(
 def test_a_pool_without_experts_has_no_reference(tmp_path: Path) -> None:
     with pytest.raises(ExpertError, match="no 'lora' expert"):
         shared_reference(ExpertPool(tmp_path), "lora")
+
+
+def test_the_reference_of_ofa_experts_says_what_to_import(ofa: Backbone, random_expert: Any, tmp_path: Path) -> None:
+    pool = ExpertPool(tmp_path)
+    for seed in range(2):
+        expert = random_expert(ofa, "lora", seed)
+        pool.add(expert.with_card(training={"family": "seq2seq", "architecture": "ofa", "steps": 3}))
+    reference = shared_reference(pool, "lora")
+    assert reference.card.training == {"family": "seq2seq", "architecture": "ofa"}
+    assert "\nimport pituning.backbones.ofa.modeling" in (reference.save(tmp_path / "r") / "README.md").read_text()

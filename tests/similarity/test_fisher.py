@@ -17,6 +17,7 @@ from pituning.example import Example
 from pituning.experts import Expert, ExpertCard
 from pituning.methods import attached, config_dict, initial_tensors, make_config
 from pituning.similarity.fisher import FisherEstimate, fisher_diagonal
+from pituning.similarity.per_example import Squares
 from tests.backbones.ofa.conftest import build_backbone, closed
 
 PRECISIONS = ((torch.float32, 1e-5), (torch.float64, 1e-10))
@@ -180,6 +181,33 @@ def test_ofa_with_and_without_pictures(random_expert: Any, method: str, labels: 
     assert {e.image is None for e in examples} == {True, False}
     found = fisher_diagonal(backbone, expert, examples, labels=labels, batch_size=3)
     assert_close(found, (loop_true if labels == "true" else loop_model)(backbone, expert, examples), 1e-10)
+
+
+def test_pictures_come_in_small_batches(random_expert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pituning.similarity.fisher.IMAGE_BATCH_SIZE", 2)
+    backbone = build_backbone(torch.float64)
+    expert, examples = random_expert(backbone, "lora", 43), closed(5)
+    sizes: list[int] = []
+    collate = backbone.collate
+    monkeypatch.setattr(backbone, "collate", lambda batch: sizes.append(len(batch)) or collate(batch))
+    found = fisher_diagonal(backbone, expert, examples)
+    assert sizes[2:] == [2, 2, 1], "after two and three copies to see whether the rows follow the examples"
+    assert_close(found, loop_true(backbone, expert, examples), 1e-10)
+    sizes.clear()
+    fisher_diagonal(backbone, expert, [replace(e, image=None) for e in examples])
+    assert sizes[2:] == [5], "without pictures there is room for all"
+
+
+def test_only_sums_over_the_batch_are_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients, weights = torch.randn(5, 3, 2, generator=generator), torch.rand(5, generator=generator)
+    squares = Squares(torch.tensor([1, 0, 1, 0, 1]))
+    for _ in range(2):
+        squares.add("w", gradients)
+        squares.close(weights)
+    for total, rows in zip(squares.totals, ((1, 3), (0, 2, 4)), strict=True):
+        slow = sum(2 * weights[i].double() * gradients[i].double() ** 2 for i in rows)
+        torch.testing.assert_close(total["w"], slow, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])

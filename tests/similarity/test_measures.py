@@ -208,3 +208,22 @@ class TestWeights:
         assert (
             "'bottleneck-8' and 'bottleneck-9' differ in tensor base_model.model.encoder.layer.0.output.dense" in text
         )
+
+    @pytest.mark.parametrize(("init_hash", "known"), [("", "is not known"), ("another", "is another")])
+    @pytest.mark.parametrize("position", [0, 1])
+    def test_another_start_is_refused(
+        self, bert: Backbone, random_expert: Any, message: Any, init_hash: str, known: str, position: int
+    ) -> None:
+        pair = [random_expert(bert, "bottleneck", s, name=f"e{s}") for s in (10, 11)]
+        start = initial_tensors(bert, pair[0].config)
+        pair[position] = pair[position].with_card(init_hash=init_hash)
+        text = message(weight_similarity, *pair, start)
+        assert f"expert 'e{10 + position}' was trained {known}" in text
+        assert "use another similarity" in text
+
+    def test_bitfit_and_lora_need_no_record_of_their_start(self, bert: Backbone, random_expert: Any) -> None:
+        for method in ("bitfit", "lora"):
+            left, right = (random_expert(bert, method, s) for s in (12, 13))
+            start = initial_tensors(bert, left.config)
+            bare = [e.with_card(init_hash="") for e in (left, right)]
+            assert weight_similarity(*bare, start) == weight_similarity(left, right, start)

@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from pituning.backbones.base import Backbone
-from pituning.errors import BackboneMismatchError, PituningError, UnknownNameError
+from pituning.errors import BackboneMismatchError, DataError, PituningError, RefusedError, UnknownNameError
 from pituning.example import Example
 from pituning.experts import Expert, ExpertPool
-from pituning.methods import attached, initial_tensors
+from pituning.experts.expert import start_of
+from pituning.methods import attached, folded, initial_tensors
 from pituning.similarity import rank_experts
 from pituning.similarity.embedding import shared_reference
 from pituning.similarity.select import audit_pool
 from pituning.tasks import Task, load_task
+from pituning.training.train_expert import train_expert
+from pituning.training.trainer import TrainSettings
 
 SOURCES = ("cr", "sst2", "cola")
 
@@ -190,3 +193,32 @@ def test_the_measure_is_defined_on_the_common_start(
         pairs = [(own.tensors[k] - start[k], expert.tensors[k] - start[k]) for k in start]
         expected[expert.name] = float(np.mean([float((a * b).sum() / a.norm() / b.norm()) for a, b in pairs]))
     assert_ranking(rank_experts(bert, make_task(), pool, own, kind="weights"), expected, 1e-4)
+
+
+def test_prefixes_trained_with_a_projection_are_measured_from_their_own_start(
+    ofa: Backbone, random_expert: Any, make_task: Any, tmp_path: Path
+) -> None:
+    settings = TrainSettings(learning_rate=1e-2, steps=2, batch_size=4)
+    options: dict[str, Any] = {"settings": settings, "length": 2, "projection": True, "projection_dim": 4}
+    own, other = (train_expert(ofa, make_task(n), "prefix", name=n, **options) for n in ("target", "other"))
+    pool = ExpertPool(tmp_path)
+    pool.add(other)
+    start = folded(*start_of(ofa, own))[1]
+    pairs = [(own.tensors[k] - start[k], other.tensors[k] - start[k]) for k in start]
+    expected = {"other": float(np.mean([float((a * b).sum() / a.norm() / b.norm()) for a, b in pairs]))}
+    assert_ranking(rank_experts(ofa, make_task(), pool, own, kind="weights"), expected, 1e-4)
+    pool.add(random_expert(ofa, "prefix", 1, name="plain", length=2, decoder_length=None))
+    with pytest.raises(RefusedError, match=r"expert 'plain' was trained is another.*use another similarity"):
+        rank_experts(ofa, make_task(), pool, own, kind="weights")
+
+
+@pytest.mark.parametrize(("reference", "option"), [("shared", ""), ("own", " --reference own")])
+def test_an_expert_of_an_unknown_task_needs_a_stored_embedding(
+    bert: Backbone, random_expert: Any, make_task: Any, tmp_path: Path, reference: str, option: str
+) -> None:
+    pool = ExpertPool(tmp_path)
+    pool.add(random_expert(bert, "lora", 1, name="mine"))
+    with pytest.raises(DataError) as caught:
+        rank_experts(bert, make_task(), pool, random_expert(bert, "lora", 2), kind="fisher", reference=reference)
+    assert "expert 'mine' has no stored embedding" in str(caught.value)
+    assert f"run `pituning embed mine{option} --train-file … [--task-kind grounding]` first" in str(caught.value)

@@ -110,6 +110,8 @@ class TestFromFiles:
             (("images/a.png", "it", "nan", 0, 1, 1), "is not finite"),
             (("images/a.png", "it", 0, "wide", 1, 1), "y0 is no number: 'wide'"),
             (("images/a.png", "  ", 0, 0, 1, 1), "the text is empty"),
+            (("images/a.png", "...", 0, 0, 1, 1), r"the text '\.\.\.' is empty once its punctuation is cleaned away"),
+            (("images/a.png", " ? ", 0, 0, 1, 1), r"the text '\?' is empty"),
             (("images/b.png", "it", 0, 0, 1, 1), r"no such image file: .*images/b\.png"),
             (("train.tsv", "it", 0, 0, 1, 1), r"train\.tsv: not an image"),
         ],

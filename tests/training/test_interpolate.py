@@ -365,3 +365,15 @@ class TestMistakes:
         experts = random_experts(bert, "bottleneck", 2, 1)
         with pytest.raises(PituningError, match="different methods"):
             interpolate(bert, make_task(), experts, own_of("encoder", "lora"), search=SEARCH)
+
+
+def test_a_blend_says_what_to_import_and_where_it_started(
+    ofa: Backbone, random_experts: Any, make_task: Any, tmp_path: Path
+) -> None:
+    experts = random_experts(ofa, "bottleneck", 2)
+    options: dict[str, Any] = {"train": "none", "alternatives": False, "search": SEARCH}
+    blend = interpolate(ofa, make_task(), experts, **options).expert
+    assert "\nimport pituning.backbones.ofa.modeling" in (blend.save(tmp_path / "pi") / "README.md").read_text()
+    assert blend.card.init_hash == experts[0].card.init_hash
+    mixed = [experts[0], experts[1].with_card(init_hash="")]
+    assert interpolate(ofa, make_task(), mixed, **options).expert.card.init_hash == "", "no common start is known"

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Any]
 """A collated batch: tensors by name, first dimension = examples, plus what the family needs besides."""
 
+IMAGE_BATCH_SIZE = 16  # 64 pictures of 480 pixels would take gigabytes in the first convolutions
+
 
 class Backbone(ABC):
     """A frozen foundation model with its processor.

@@ -93,13 +93,14 @@ def convert_checkpoint(request: Request, report: Report = lambda text, done, ste
     if source.format == "pituning":
         raise RefusedError(f"{request.source} is a converted folder already; load_backbone reads it")
     expert = bool(source.expert) if request.to == "auto" else request.to == "expert"
-    _require_options_fit(request, expert)
+    _require_options_fit(request, source, expert)
     document = _expert(request, source, steps) if expert else _backbone(request, source, steps)
     report("done", steps.total, steps.total)
     return document
 
 
-def _require_options_fit(request: Request, expert: bool) -> None:
+def _require_options_fit(request: Request, source: Checkpoint, expert: bool) -> None:
+    """No option is ignored silently."""
     given = {"--keep-backbone": request.keep_backbone, "--parts": request.parts, "--task": request.task}
     for_experts = [name for name, value in given.items() if value is not None]
     for_experts += ["--ignore-batchnorm"] * request.ignore_batchnorm
@@ -107,9 +108,22 @@ def _require_options_fit(request: Request, expert: bool) -> None:
         raise PituningError(
             f"{', '.join(for_experts)} concern experts, but {request.source} is converted as a backbone"
         )
-    if expert and request.tokenizer is not None and request.keep_backbone is None:
+    if expert and request.keep_backbone is None:
+        if request.tokenizer is not None:
+            raise PituningError(
+                "--tokenizer belongs to a backbone: an expert has none (with --keep-backbone it goes there)"
+            )
+        if request.dtype != "float32":
+            raise PituningError(
+                f"--dtype {request.dtype} is a backbone's: experts are float32 (with --keep-backbone it is that one's)"
+            )
+    ignored = ["--base"] * (request.base is not None and not expert)
+    ignored += ["--lora-weights"] * (request.lora_weights is not None)
+    if ignored and not _has_lora(source):
+        hint = " (where training changed the biases only, --to expert makes it one of BitFit)"
         raise PituningError(
-            "--tokenizer belongs to a backbone: an expert has none (with --keep-backbone it goes there)"
+            f"{' and '.join(ignored)} would change nothing: {request.source} holds no LoRA, whose product this would find in "
+            f"its weights{hint * (not expert and not source.expert)}"
         )
     if expert and request.base is None and request.keep_backbone is None:
         raise PituningError(
@@ -122,13 +136,10 @@ def _backbone(request: Request, source: Checkpoint, steps: Steps) -> dict[str, A
     state, notes = source.state, list(source.notes)
     if source.expert:
         base = _base_state(request, steps)
-        state = _own_backbone(source, base, request.lora_weights)
+        state, changes = _own_backbone(source, base, request.lora_weights)
         notes.append(f"the file's expert ({len(source.expert)} tensors) is left out")
-    elif request.base is not None or request.lora_weights is not None:
-        raise PituningError(
-            f"--base and --lora-weights tell how an expert was saved, but {request.source} has no tensors of one (where "
-            "training changed the biases only, --to expert makes it one of BitFit)"
-        )
+        if changes:
+            notes.append(f"{_kinds(changes)} differ from the base's; written as the file has them")
     processor = processor_for(source, request.tokenizer)
     steps("building the model")
     model = _rounded(model_from(source.config, state, str(request.source)), request.dtype)
@@ -212,6 +223,7 @@ def _expert(request: Request, source: Checkpoint, steps: Steps) -> dict[str, Any
         "backbone": backbone.name,
         "fingerprint": backbone.fingerprint,
         "keep_backbone": request.keep_backbone,
+        "tokenizer": None if request.keep_backbone is None else processor is not None,
         "parts": request.parts,
         "changes": {
             "batchnorm": sum(c.is_statistic for c in found.changes),
@@ -234,14 +246,27 @@ def _base_state(request: Request, steps: Steps) -> Checkpoint | None:
     return base
 
 
-def _own_backbone(source: Checkpoint, base: Checkpoint | None, said: LoraWeights | None) -> Mapping[str, Tensor]:
-    """The backbone of a checkpoint with an expert, LoRA's products taken out."""
+def _has_lora(source: Checkpoint) -> bool:
+    return any("lora" in name for name in source.expert)
+
+
+def _own_backbone(
+    source: Checkpoint, base: Checkpoint | None, said: LoraWeights | None
+) -> tuple[Mapping[str, Tensor], Sequence[Change]]:
+    """The backbone of a checkpoint with an expert, LoRA's products taken out, and where it differs from a base."""
     assert source.fairseq is not None
-    if not any("lora" in name for name in source.expert):
-        return source.state
+    if not _has_lora(source):
+        return source.state, ()
     parts: FairseqParts = source.fairseq.parts()
     state = None if base is None else base.state
-    return experts_from_fairseq(parts, source.config, base=state, lora_weights=said).backbone
+    found = experts_from_fairseq(parts, source.config, base=state, lora_weights=said)
+    return found.backbone, found.changes
+
+
+def _kinds(changes: Sequence[Change]) -> str:
+    statistics = sum(c.is_statistic for c in changes)
+    counts = {"BatchNorm statistics": statistics, "weights": len(changes) - statistics}
+    return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
 def _require_same_model(own: OFAConfig, base: OFAConfig) -> None:
@@ -259,14 +284,12 @@ def _require_unchanged(changes: Sequence[Change], request: Request) -> None:
     others = [c for c in changes if not c.is_statistic]
     if not changes or (request.ignore_batchnorm and not others):
         return
-    statistics = len(changes) - len(others)
-    kinds = [f"{statistics} BatchNorm statistics"] * bool(statistics) + [f"{len(others)} weights"] * bool(others)
     offers = ["--keep-backbone FOLDER writes that backbone as well and ties the expert to it"]
     if not others:
         offers.append("--ignore-batchnorm ties it to the base all the same, and says what that changes")
     examples = sorted(others or changes, key=lambda c: -c.largest)
     raise RefusedError(
-        f"{request.source}: training changed {' and '.join(kinds)} of the backbone it was to leave alone, and the expert is "
+        f"{request.source}: training changed {_kinds(changes)} of the backbone it was to leave alone, and the expert is "
         f"exact on that backbone only. {'; '.join(offers)}. Changed, with the largest difference:"
         + listed(f"{c.name} {c.largest:.3g}" for c in examples)
     )

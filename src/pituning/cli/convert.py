@@ -137,7 +137,7 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("backbone", f"{document.get('backbone', '')} {document['fingerprint']}".strip()),
         ("kept backbone", str(document.get("keep_backbone") or "")),
         ("changed by training", " and ".join(f"{count} {kind}" for kind, count in kinds if count)),
-        ("tokenizer", "" if "tokenizer" not in document else _TOKENIZER[document["tokenizer"]]),
+        ("tokenizer", _TOKENIZER.get(document["tokenizer"], "")),
         ("self-check", "skipped" if check is None else f"passed: {check['logits']:,} logits, equal and finite"),
     ]
 

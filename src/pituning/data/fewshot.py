@@ -39,7 +39,10 @@ def stratified_folds(examples: Sequence[Example], folds: int, seed: int) -> list
         DataError: if there are fewer examples than folds.
     """
     if not 2 <= folds <= len(examples):
-        raise DataError(f"cannot make {folds} folds of {len(examples)} examples")
+        problem = f"cannot make {folds} folds of {len(examples)} examples"
+        if folds < 2:
+            raise DataError(f"{problem}; cross-fitting needs at least 2")
+        raise DataError(f"{problem}: take at least {folds} shots, or give --steps and --learning-rate")
     fold_of: dict[str, int] = {}
     position = 0
     for name, members in sorted(_by_class(examples).items()):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.errors import BackboneMismatchError, ExpertError
-from pituning.methods.attach import attached, check_tensors
+from pituning.methods.attach import attached, check_tensors, initial_tensors
 from pituning.version import __version__
 
 SCHEMA = 1
@@ -170,6 +170,16 @@ class Expert:
                 f"{folder / CONFIG_FILE} was changed after it was saved: its hash differs from the card's"
             )
         return cls(tensors, config, card)
+
+
+def start_of(backbone: Backbone, expert: Expert) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and common initialisation from which an expert was trained, as far as its card tells.
+
+    A prefix that was trained with a projection started from that network;
+    :func:`pituning.methods.folded` of the result is the start in the expert's own coordinates.
+    """
+    config = {**expert.config, **expert.card.training.get("projection", {})}
+    return config, initial_tensors(backbone, config)
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -10,9 +10,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-OWN_TYPES: set[str] = set()
-"""PEFT types that exist once :mod:`pituning.methods` is imported."""
-
 KEEPS_START: dict[str, Any] = {"shapes_start": False}
 """Metadata of a configuration's field that has no part in the initial tensors: experts that differ in it share their start."""
 
@@ -75,7 +72,6 @@ def register(peft_type: str, config: type[PeftConfig], tuner: type[OwnTuner]) ->
 
     PEFT's public function of this purpose insists on a closed enum of types; its tables take a plain string.
     """
-    OWN_TYPES.add(peft_type)
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner.prefix

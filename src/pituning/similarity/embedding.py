@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from pituning.backbones.base import Backbone
-from pituning.errors import ExpertError
+from pituning.errors import DataError, ExpertError
 from pituning.experts.expert import Expert, tensor_hash
 from pituning.experts.pool import ExpertPool
 from pituning.interpolation.build import build_mixture
 from pituning.interpolation.collapse import collapse
 from pituning.similarity.fisher import fisher_diagonal
-from pituning.tasks.task import Task, load_task
+from pituning.tasks.task import Task, load_task, task_names
 
 REFERENCES = ("own", "shared")
 MAX_EXAMPLES = 256
@@ -127,8 +127,9 @@ def shared_reference(pool: ExpertPool, method: str) -> Expert:
         raise ExpertError(f"pool {pool.folder} has no {method!r} expert to make a reference from")
     mixture, config = build_mixture(experts, train="none", granularity="model")
     card = experts[0].card
+    model = {k: v for e in experts for k, v in e.card.training.items() if k in ("family", "architecture")}
     mean = collapse(mixture, config, card).expert.with_card(
-        name=f"mean of {len(experts)} experts", task="", metrics={}, training={}, choices=(), shots=None,
+        name=f"mean of {len(experts)} experts", task="", metrics={}, training=model, choices=(), shots=None,
         lineage=tuple({"name": e.name, "weight": 1 / len(experts)} for e in experts),
     )  # fmt: skip
     mean.save(folder)
@@ -144,7 +145,11 @@ def pool_embedding(
     data: str | Path | None = None,
     refresh: bool = False,
 ) -> TaskEmbedding:
-    """The embedding of one of the pool's experts, computed from its task's data where it is not stored yet."""
+    """The embedding of one of the pool's experts, computed from its task's data where it is not stored yet.
+
+    Raises:
+        DataError: if it is not stored and the task is none that :func:`load_task` knows.
+    """
     expert = pool.load(name)
     at = expert if reference == "own" else shared_reference(pool, expert.card.method)
     folder = pool.folder / name
@@ -152,6 +157,13 @@ def pool_embedding(
         stored = TaskEmbedding.load(folder, reference)
         if stored.reference_hash == tensor_hash(at.tensors):
             return stored
+    if expert.card.task not in task_names():
+        point = "" if reference == "shared" else f" --reference {reference}"
+        raise DataError(
+            f"expert {name!r} has no stored embedding at the {reference} reference point, and the data of its task "
+            f"{expert.card.task!r} are unknown here: run `pituning embed {name}{point} --train-file … [--task-kind grounding]` "
+            "first"
+        )
     embedding = embed_task(backbone, at, load_task(expert.card.task, data=data), reference=reference)
     embedding.save(folder)
     return embedding

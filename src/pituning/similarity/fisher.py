@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pituning.backbones.base import Backbone, common_choices
+from pituning.backbones.base import IMAGE_BATCH_SIZE, Backbone, common_choices
 from pituning.errors import DataError, RefusedError
 from pituning.example import Example
 from pituning.experts.expert import Expert
@@ -63,6 +63,7 @@ def fisher_diagonal(
     Args:
         labels: ``"true"`` uses the examples' targets (the paper's code); ``"model"`` takes the expectation under the
             model: exactly over closed choices, with one sampled answer (seeded by the example's id) otherwise.
+        batch_size: for memory and time only; at most :data:`IMAGE_BATCH_SIZE` where an example has an image.
 
     Returns:
         sums per tensor under PEFT's file key names, shapes as the tensors'.
@@ -82,6 +83,8 @@ def fisher_diagonal(
             f"expert {expert.name!r} is a prefix with projection, whose network's parameters no other task shares; turn it "
             "into keys and values with pituning.methods.folded(config, tensors)"
         )
+    if any(e.image is not None for e in examples):
+        batch_size = min(batch_size, IMAGE_BATCH_SIZE)
     with attached(backbone, expert.config, expert.tensors) as site:
         zeros = {k: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for k, p in site.parameters.items()}
         halves = [zeros, {k: z.clone() for k, z in zeros.items()}]
@@ -94,12 +97,12 @@ def fisher_diagonal(
             if labels == "model" and not common_choices(batch):
                 batch = [_sampled(backbone, e) for e in batch]
             parity = (torch.arange(len(batch), device=backbone.device) + start) % 2
-            squares = Squares(len(batch))
+            squares = Squares(parity)
             with watched(site, squares):
                 loss += _backward(backbone, batch, labels, squares)
-                for key, total in squares.total.items():
-                    for half in (0, 1):
-                        halves[half][key] += total[parity == half].sum(0)
+            for half, totals in zip(halves, squares.totals, strict=True):
+                for key, total in totals.items():
+                    half[key] += total
     return FisherEstimate(halves[0], halves[1], len(examples), loss)
 
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pituning.errors import ExpertError, RefusedError
-from pituning.experts.expert import Expert
+from pituning.experts.expert import Expert, tensor_hash
 from pituning.interpolation.build import is_lora, lora_factors
 from pituning.interpolation.mixture import LowRank
+from pituning.methods.bitfit import PEFT_TYPE as BITFIT
 from pituning.similarity.embedding import TaskEmbedding
 
 FISHER_KINDS = ("fisher", "fisher-paper", "fisher-cosine")
@@ -56,6 +57,11 @@ def weight_similarity(target: Expert, candidate: Expert, initial: Mapping[str, T
 
     Args:
         initial: the common initialisation φ_0, for methods other than LoRA.
+
+    Raises:
+        RefusedError: if one of the experts did not start from φ_0, or its card does not say so; a BitFit expert, whose
+            start is zero, needs no such record.
+        ExpertError: if the experts have no module or not the same tensors in common.
     """
     if is_lora(target) and is_lora(candidate):
         left, right = lora_factors(target), lora_factors(candidate)
@@ -68,10 +74,19 @@ def weight_similarity(target: Expert, candidate: Expert, initial: Mapping[str, T
     missing = sorted(initial.keys() ^ candidate.tensors.keys()) or sorted(initial.keys() ^ target.tensors.keys())
     if missing:
         raise ExpertError(f"experts {target.name!r} and {candidate.name!r} differ in tensor {missing[0]}")
-    cosines = [
-        F.cosine_similarity((target.tensors[k] - z).flatten(), (candidate.tensors[k] - z).flatten(), dim=0)
-        for k, z in initial.items()
-    ]
+    start = tensor_hash(initial)
+    for expert in (target, candidate):
+        if expert.card.init_hash != start and expert.config.get("peft_type") != BITFIT:
+            known = "is another" if expert.card.init_hash else "is not known"
+            raise RefusedError(
+                f"the initialisation from which expert {expert.name!r} was trained {known}, so what it changes cannot be "
+                "compared with similarity 'weights': use another similarity, such as 'score', or leave the expert out"
+            )
+    cosines = []
+    for key, z in initial.items():
+        mine = target.tensors[key]
+        changes = [(t.to(mine) - z.to(mine)).flatten() for t in (mine, candidate.tensors[key])]
+        cosines.append(F.cosine_similarity(changes[0], changes[1], dim=0))
     return float(torch.stack(cosines).mean())
 
 

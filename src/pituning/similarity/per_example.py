@@ -46,13 +46,17 @@ class Squares:
 
     Attributes:
         repeats: most rows that an example may have; a decoder that scores C choices sees up to C for each.
-        total: squares by file key, ``[examples, …]``, in float64.
+        totals: sums of squares over the even and over the odd examples, by file key, in float64.
+
+    Args:
+        parity: 0 or 1 for each example of the batch.
     """
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, parity: Tensor) -> None:
+        self.batch = len(parity)
         self.repeats = 1
-        self.total: dict[str, Tensor] = {}
+        self.totals: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._parity = parity
         self._open: dict[str, Tensor] = {}
 
     def sees(self, names: Names, rows: int) -> None:
@@ -73,11 +77,14 @@ class Squares:
         self._open[key] = self._open[key] + gradient if key in self._open else gradient
 
     def close(self, weights: Tensor) -> None:
-        """End of a backward pass: square what came in, weighted per example."""
-        for key, gradient in self._open.items():
-            square = gradient.double().square() * weights.double().view(-1, *[1] * (gradient.dim() - 1))
-            self.total[key] = self.total[key] + square if key in self.total else square
-        self._open.clear()
+        """End of a backward pass: square what came in, weighted per example; no more than sums is kept."""
+        while self._open:
+            key, gradient = self._open.popitem()
+            for half, total in enumerate(self.totals):
+                mine = self._parity == half
+                weight = weights[mine].double().view(-1, *[1] * (gradient.dim() - 1))
+                square = gradient[mine].double().square_().mul_(weight).sum(0)  # the mask has made a copy
+                total[key] = total[key] + square if key in total else square
 
 
 class RowCount:

@@ -9,9 +9,11 @@ from pathlib import Path
 from pituning.backbones.base import Backbone
 from pituning.data.overlap import Overlap, find_overlaps
 from pituning.errors import PituningError, unknown_name
-from pituning.experts.expert import Expert
+from pituning.experts.expert import Expert, start_of
 from pituning.experts.pool import ExpertPool
-from pituning.methods.attach import attached, initial_tensors
+from pituning.interpolation.build import is_lora
+from pituning.methods.attach import attached
+from pituning.methods.prefix import folded
 from pituning.similarity.embedding import REFERENCES, embed_task, pool_embedding, shared_reference
 from pituning.similarity.measures import FISHER_KINDS, KINDS, fisher_similarity, weight_similarity
 from pituning.tasks.task import Task, load_task
@@ -76,6 +78,7 @@ def rank_experts(
         UnknownNameError: for another kind.
         PituningError: if the kind needs an own expert and there is none, or the pool is empty.
         BackboneMismatchError: if an expert belongs to another backbone.
+        RefusedError: for ``weights``, if an expert did not start where the own one did.
     """
     if kind not in KINDS:
         raise unknown_name("similarity", kind, KINDS)
@@ -98,7 +101,7 @@ def rank_experts(
         values = [score_similarity(backbone, e, task) for e in experts]
     elif kind == "weights":
         assert own is not None
-        initial = initial_tensors(backbone, own.config)
+        initial = None if is_lora(own) else folded(*start_of(backbone, own))[1]
         values = [weight_similarity(own, e, initial) for e in experts]
     else:
         at = own if reference == "own" and own is not None else shared_reference(pool, experts[0].card.method)

@@ -117,6 +117,8 @@ def _example(
     identifier, text = f"{name}/{split}/{row.id}", row.text.strip()
     if not text:
         raise DataError(f"{place}: the text is empty")
+    if not clean_caption(text, MAX_WORDS):
+        raise DataError(f"{place}: the text {text!r} is empty once its punctuation is cleaned away")
     try:
         width, height = size_of(row.image, identifier)
     except DataError as error:

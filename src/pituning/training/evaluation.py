@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from pituning.backbones.base import Backbone, Batch, common_choices
+from pituning.backbones.base import IMAGE_BATCH_SIZE, Backbone, Batch, common_choices
 from pituning.errors import RefusedError
 from pituning.example import Box, Example
 from pituning.experts.expert import Expert
@@ -23,7 +23,6 @@ from pituning.tasks.task import Task
 from pituning.training.module import MixtureModel
 
 BATCH_SIZE = 64
-IMAGE_BATCH_SIZE = 16  # 64 pictures of 480 pixels would take gigabytes in the first convolutions
 
 Answer: TypeAlias = "int | str | Box | None"
 """Position of a choice, a free-form text, or a box (``None``: no box was found)."""

@@ -226,6 +226,7 @@ class Choice:
         weights = mixture.weights().detach().cpu().tolist()
         groups = group_names(plan.members, self.granularity if len(weights) > 1 else "model")
         names = tuple(e.name for e in plan.members)
+        starts = {e.card.init_hash for e in plan.members}
         means = [sum(column) / len(column) for column in zip(*weights, strict=True)]
         card = replace(
             plan.members[0].card,
@@ -233,6 +234,7 @@ class Choice:
             backbone=self.backbone.hub_name,
             fingerprint=self.backbone.fingerprint,
             task=self.task.name,
+            init_hash=starts.pop() if len(starts) == 1 else "",
             shots=self.task.shots,
             seed=self.task.seed,
             choices=self.task.choices,
@@ -240,6 +242,7 @@ class Choice:
             lineage=tuple({"name": n, "weight": w} for n, w in zip(names, means, strict=True)),
             training={
                 "family": self.backbone.family,
+                "architecture": self.backbone.model.config.model_type,
                 "examples": len(self.task.split("train")),
                 "candidate": plan.name,
                 **settings_dict(settings),

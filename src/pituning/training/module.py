@@ -62,6 +62,8 @@ def running(backbone: Backbone, mixture: Mixture, config: Mapping[str, Any]) -> 
     with attached(backbone, config) as site:
         for parameter in site.parameters.values():
             parameter.requires_grad_(False)
+            # φ̄ takes its place in every call; until then one number stands for all of them, and no memory is taken
+            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
         yield MixtureModel(site, mixture.to(backbone.device))
 
 

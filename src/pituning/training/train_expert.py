@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError
-from pituning.experts.expert import Expert, ExpertCard, tensor_hash
+from pituning.experts.expert import Expert, ExpertCard, start_of, tensor_hash
 from pituning.interpolation.build import build_mixture
 from pituning.interpolation.collapse import collapse
 from pituning.interpolation.mixture import Mixture
@@ -105,8 +105,7 @@ def fold_experts(
 
     α and every later decision may only be fitted on shots that an expert has not seen; these are the experts for that.
     """
-    trained_as = {**own.config, **own.card.training.get("projection", {})}
-    initial = initial_tensors(backbone, trained_as)
+    trained_as, initial = start_of(backbone, own)
     known = {f.name for f in fields(TrainSettings)}
     recorded = {k: v for k, v in own.card.training.items() if k in known}
     if recorded.keys() != known:

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import types
+import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
@@ -250,10 +251,46 @@ class TestNothingIsRun:
         monkeypatch.undo()
         assert open_checkpoint(tmp_path / "x.pt").config.d_model == 32
 
-    @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 a broken archive"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"", b"no checkpoint", b"PK\x03\x04 a broken archive", b"Rate limit exceeded", b"<html></html>",
+            b"Xab", b"\x80", b"\x80\x02b.", b"h\x01.", b"tt.", b"\x80\x02}q\x00X",
+        ],
+    )  # fmt: skip
     def test_a_broken_file(self, tmp_path: Path, message: Message, content: bytes) -> None:
-        (tmp_path / "x.pt").write_bytes(content)
-        assert str(tmp_path / "x.pt") in message(read_fairseq, tmp_path / "x.pt")
+        path = tmp_path / "x.pt"
+        path.write_bytes(content)
+        expected = f"{path} cannot be read, it is truncated or not a torch file ("
+        assert message(read_fairseq, path).startswith(expected)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", content)
+            archive.writestr("x/version", "3\n")
+        assert message(read_fairseq, path).startswith(expected)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("readme.txt", content)
+        assert message(read_fairseq, path).startswith(expected)
+
+    def test_the_cause_is_named_where_nothing_forbidden_is_wanted(
+        self, tmp_path: Path, message: Message, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        meters = types.ModuleType("fairseq.meters")
+        meter = type("AverageMeter", (), {"__module__": "fairseq.meters"})
+        vars(meters)["AverageMeter"] = meter
+        monkeypatch.setitem(sys.modules, "fairseq", types.ModuleType("fairseq"))
+        monkeypatch.setitem(sys.modules, "fairseq.meters", meters)
+        torch.save({"model": {}, "meter": meter()}, tmp_path / "x.pt", pickle_protocol=4)
+        torch.save({"model": {}, "meter": meter()}, tmp_path / "y.pt", _use_new_zipfile_serialization=False)
+        text = message(read_fairseq, tmp_path / "x.pt")
+        assert "(unsupported pickle instruction " in text
+        assert "fairseq" not in text
+        assert "build fairseq.meters.AverageMeter" in message(read_fairseq, tmp_path / "y.pt"), "no stand-ins there"
+        with zipfile.ZipFile(tmp_path / "z.pt", "w") as archive:
+            archive.writestr("z/data.pkl", b"\x80\x02K\x01}b.")
+            archive.writestr("z/version", "3\n")
+        text = message(read_fairseq, tmp_path / "z.pt")
+        assert "(Can only build Tensor" in text
+        assert "weights_only" not in text
 
     def test_a_truncated_file(self, state: dict[str, Tensor], tmp_path: Path, message: Message) -> None:
         path = save_checkpoint(tmp_path / "x.pt", state)
@@ -544,7 +581,20 @@ class TestHuggingFaceFormat:
     def test_an_index_must_stay_in_its_folder(self, folder: Path, message: Message) -> None:
         index = {"weight_map": {"a": "../elsewhere.bin"}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-        assert "'../elsewhere.bin' is not a file name" in message(open_checkpoint, folder)
+        assert "'../elsewhere.bin' in weight_map is not a file name" in message(open_checkpoint, folder)
+
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            ({"weight_map": ["a.bin"]}, "weight_map should be an object, found list"),
+            ({}, "weight_map should be an object, found NoneType"),
+            ({"weight_map": {"a": ["a.bin"], "b": 1}}, "['a.bin'] in weight_map is not a file name"),
+        ],
+    )
+    def test_a_broken_index(self, folder: Path, message: Message, values: object, said: str) -> None:
+        path = folder / "pytorch_model.bin.index.json"
+        path.write_text(json.dumps(values))
+        assert message(open_checkpoint, folder) == f"{path}: {said}"
 
     def test_untied_output(self, ofa: OFAForConditionalGeneration, message: Message) -> None:
         state = hf_state(ofa)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pituning.backbones.ofa.checkpoint import model_from, split_fairseq, state_from_fairseq
 from pituning.backbones.ofa.fairseq_experts import FairseqExpert, FairseqExperts, experts_from_fairseq
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
+from pituning.backbones.ofa.names import our_name
 from pituning.backbones.ofa.selfcheck import UnreadOFA, checked_logits
 from pituning.errors import RefusedError
 from pituning.methods import attached, config_dict, peft_config
@@ -54,6 +55,10 @@ def logits(model: OFAForConditionalGeneration, expert: FairseqExpert | None = No
         return checked_logits(model, model.config)
 
 
+def half(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in state.items()}
+
+
 class TestCompleteness:
     """Faults 8 and 9 of the reference: what is missing in a file stays random there, without a word."""
 
@@ -88,6 +93,9 @@ class TestCompleteness:
         assert "adapter_num = 2, but the file holds 1 expert" in text
         assert len(load({**state, **random_adapters(2)}, args={"adapter_num": 2}).parts) == 2
         assert load({**state, **random_adapters()}, args={"adapter_num": None}).logits == {}
+        for wrong in ("two", [2], float("nan"), float("inf")):
+            text = message(lambda wrong=wrong: load({**state, **random_adapters()}, args={"adapter_num": wrong}))
+            assert text == f"the training's arguments say adapter_num = {wrong!r}, which is not a number"
 
     def test_shapes_and_numbers(self, load: Any, state: dict[str, Tensor], message: Message) -> None:
         expert = random_adapters()
@@ -289,6 +297,76 @@ class TestLora:
                 a, b = lora[f"{name}.lora_A"], lora[f"{name}.lora_B"]
                 file[f"{name}.weight"] = file[f"{name}.weight"] - b @ a / len(a)
         assert load({**file, **lora}, base=state_from_fairseq(state)).merged == ()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("scale", [0.1, 0.3, 1.0])
+    @pytest.mark.parametrize("saved", ["unmerged", "merged", "rounded when saved", "unmerged again"])
+    def test_half_precision_leaves_roundings(
+        self, load: Any, state: dict[str, Tensor], dtype: torch.dtype, scale: float, saved: str
+    ) -> None:
+        lora = random_lora(scale=scale)
+        if saved == "rounded when saved":
+            file = half({**merged(state, lora), **lora}, dtype)
+        else:
+            file = half({**state, **lora}, dtype)
+            for _ in range({"unmerged": 0, "merged": 1}.get(saved, 100)):
+                for name in projections():
+                    product = (file[f"{name}.lora_B"].float() @ file[f"{name}.lora_A"].float() / 4).to(dtype)
+                    file[f"{name}.weight"] = file[f"{name}.weight"] + product
+                    if saved == "unmerged again":
+                        file[f"{name}.weight"] -= product
+        found = load(file, base=state_from_fairseq(state))
+        assert found.changes == ()
+        assert len(found.merged) == (0 if saved.startswith("unmerged") else 24)
+
+    def test_a_product_that_rounding_swallows_in_part(self, load: Any, state: dict[str, Tensor]) -> None:
+        """The nearer of the two is not the right one: of small entries the product is there to the last digit."""
+        lora = random_lora(scale=0.003)
+        file = half({**state, **lora}, torch.float16)
+        for name in projections():
+            product = file[f"{name}.lora_B"].float() @ file[f"{name}.lora_A"].float() / 4
+            file[f"{name}.weight"] += product.to(torch.float16)
+        assert load(file, base=state_from_fairseq(state)).changes == ()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("scale", [0.03, 0.3])
+    def test_half_precision_hides_no_other_experts_product(
+        self, load: Any, state: dict[str, Tensor], message: Message, dtype: torch.dtype, scale: float
+    ) -> None:
+        """As the reference leaves it that merges again; 1 % of the weight is below 16 roundings of its norm."""
+        old, lora, file = random_lora(seed=1), random_lora(seed=2, scale=scale), dict(state)
+        for name in projections():
+            product, weight = old[f"{name}.lora_B"] @ old[f"{name}.lora_A"], state[f"{name}.weight"]
+            file[f"{name}.weight"] = weight + product * (0.01 * weight.norm() / product.norm())
+        for full in (file, merged(file, lora)):
+            text = message(lambda full=full: load(half({**full, **lora}, dtype), base=state_from_fairseq(state)))
+            assert "not the base that it was trained on" in text
+            assert "and 16 more" in text
+
+    @pytest.mark.parametrize("part", [0.1, 0.9])
+    def test_a_part_of_the_product_is_no_rounding(
+        self, load: Any, state: dict[str, Tensor], message: Message, part: float
+    ) -> None:
+        """Small enough for each entry's rounding, but in the direction of the product."""
+        lora, file, base = random_lora(), dict(state), state_from_fairseq(state)
+        for name in projections():
+            product = lora[f"{name}.lora_B"] @ lora[f"{name}.lora_A"] / 4
+            weight = product.sign() + product  # no entry is near 0
+            ours = our_name(f"{name}.weight")
+            size = 0.02 * weight.norm() / product.norm()
+            lora[f"{name}.lora_B"] *= size
+            base[ours], file[f"{name}.weight"] = weight, weight + part * size * product
+        text = message(lambda: load(half({**file, **lora}, torch.bfloat16), base=base))
+        assert "times the product, which no rounding does" in text
+
+    def test_copies_in_half_precision(self, load: Any, state: dict[str, Tensor], message: Message) -> None:
+        file, name = interpolated_lora(state), "decoder.layers.0.self_attn.q_proj.1.weight"
+        for stem in {k.removesuffix(".lora_A") for k in file if k.endswith(".lora_A")}:
+            file[f"{stem}.weight"] = file[f"{stem}.weight"] + file[f"{stem}.lora_B"] @ file[f"{stem}.lora_A"] / 4
+        assert len(load(half(file, torch.float16), lora_weights="merged").merged) == 48
+        file[name] = file[name] + 0.01 * file[name].norm() / WIDTH
+        text = message(lambda: load(half(file, torch.float16), lora_weights="merged"))
+        assert f"{name}: its weight is not that of expert 0" in text
 
     def test_an_interpolation_sums_products(self, load: Any, state: dict[str, Tensor]) -> None:
         file = interpolated_lora(state, 3)

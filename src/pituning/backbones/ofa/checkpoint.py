@@ -150,10 +150,12 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         if (folder / name).is_file():
             files = [folder / name]
         elif index.is_file():
-            names = sorted(set(_json(index).get("weight_map", {}).values()))
-            if strange := [n for n in names if Path(str(n)).name != n]:
-                raise PituningError(f"{index}: {strange[0]!r} is not a file name")
-            files = [folder / n for n in names]
+            places = _json(index).get("weight_map")
+            if not isinstance(places, dict):
+                raise PituningError(f"{index}: weight_map should be an object, found {type(places).__name__}")
+            if strange := [n for n in places.values() if not isinstance(n, str) or Path(n).name != n]:
+                raise PituningError(f"{index}: {strange[0]!r} in weight_map is not a file name")
+            files = [folder / n for n in sorted(set(places.values()))]
         else:
             continue
         tensors: dict[str, Tensor] = {}

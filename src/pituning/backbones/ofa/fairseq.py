@@ -16,6 +16,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,10 +144,9 @@ def load_pickled(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
-        raise _refusal(path, [name[1]] if name else _wanted(path)) from None
-    except (RuntimeError, OSError, EOFError, ValueError, TypeError, AssertionError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PituningError(f"{path} cannot be read, it is truncated or not a torch file ({reason})") from error
+        raise _refusal(path, [name[1]] if name else _wanted(path), error) from None
+    except Exception as error:  # bytes that are no pickle make the unpickler fail in any way
+        raise _unreadable(path, error) from error
 
 
 def plain(value: Any) -> Any:
@@ -171,11 +171,10 @@ def _mentioned(path: Path) -> list[str]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except pickle.UnpicklingError:
-        raise _refusal(path, _wanted(path)) from None
-    except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PituningError(f"{path} cannot be read, it is truncated or not a torch file ({reason})") from error
+    except pickle.UnpicklingError as error:
+        raise _refusal(path, _wanted(path), error) from None
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
     forbidden = [n for n in names if n not in ALLOWED_INERT and not n.startswith(ALLOWED_INERT_PACKAGES)]
     if forbidden:
         raise _refusal(path, forbidden)
@@ -183,21 +182,24 @@ def _mentioned(path: Path) -> list[str]:
 
 
 def _wanted(path: Path) -> list[str]:
-    """What a pickle that the restricted unpickler does not understand would build, as far as reading its text tells."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            data = next((archive.read(n) for n in archive.namelist() if n.endswith("data.pkl")), b"")
-    else:
-        data = path.read_bytes()
+    """What a pickle that the restricted unpickler does not understand would build, as far as reading its text tells.
+
+    Names that become stand-ins are left out: they are not why the file is refused.
+    """
+    zipped = zipfile.is_zipfile(path)
     names: set[str] = set()
-    stream = io.BytesIO(data)
-    try:
+    with suppress(Exception):  # a broken archive; or what follows is no pickle
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                data = next((archive.read(n) for n in archive.namelist() if n.endswith("data.pkl")), b"")
+        else:
+            data = path.read_bytes()
+        stream = io.BytesIO(data)
         while True:  # torch's old format is several pickles, then raw numbers
             names |= _built_by_one_pickle(stream)
-    except (ValueError, IndexError, UnicodeDecodeError):  # what follows is no pickle
-        pass
     harmless = re.compile(r"torch\.\w+Storage|torch\._utils\._rebuild\w+|argparse\.Namespace|collections\.OrderedDict")
-    return sorted(n for n in names - ALLOWED_INERT if not harmless.fullmatch(n))
+    inert = ALLOWED_INERT_PACKAGES if zipped else ()
+    return sorted(n for n in names - ALLOWED_INERT if not harmless.fullmatch(n) and not n.startswith(inert))
 
 
 def _built_by_one_pickle(stream: io.BytesIO) -> set[str]:
@@ -218,12 +220,22 @@ def _built_by_one_pickle(stream: io.BytesIO) -> set[str]:
     return names
 
 
-def _refusal(path: Path, names: Iterable[str]) -> PituningError:
+def _unreadable(path: Path, error: Exception) -> PituningError:
+    """With the cause, less torch's advice to switch the protection off."""
+    paragraphs = str(error).split("\n\n") if isinstance(error, pickle.UnpicklingError) else [str(error)]
+    said = [p for p in paragraphs if p and not p.startswith(("Weights only load failed", "Check the documentation"))]
+    reason = said[0].splitlines()[0] if said else type(error).__name__
+    if number := re.fullmatch(r"Unsupported operand (\d+)", reason):
+        name = next((o.name for o in pickletools.opcodes if ord(o.code) == int(number[1])), number[1])
+        reason = f"unsupported pickle instruction {name}"
+    return PituningError(f"{path} cannot be read, it is truncated or not a torch file ({reason}); nothing was run")
+
+
+def _refusal(path: Path, names: Iterable[str], error: Exception | None = None) -> PituningError:
+    """Names what the file would build; where it is nothing forbidden, the cause is ``error``."""
     named = ", ".join(names)
-    if not named:
-        return PituningError(
-            f"{path} is not a file of torch.save, or uses pickle instructions that its reader refuses; nothing was run"
-        )
+    if not named and error is not None:
+        return _unreadable(path, error)
     return PituningError(
         f"{path} is refused: reading it would run or build {named}, which a checkpoint of weights has no use for; "
         "nothing was run. If you trust its source, save its tensors and arguments again without it"

@@ -181,7 +181,11 @@ def _count(found: Mapping[str, Tensor], method: str, args: Mapping[str, Any]) ->
     count = max(numbers) + 1 if numbers else None
     argument = _COUNT_ARGUMENT[method]
     said = args.get(argument)
-    if said is not None and int(said) != (count or 1):
+    try:
+        expected = None if said is None else int(said)
+    except (TypeError, ValueError, OverflowError):
+        raise PituningError(f"the training's arguments say {argument} = {said!r}, which is not a number") from None
+    if expected is not None and expected != (count or 1):
         raise PituningError(
             f"the training's arguments say {argument} = {said}, but the file holds {count or 1} "
             f"expert{'s' * ((count or 1) != 1)}"

@@ -19,8 +19,12 @@ from pituning.errors import PituningError, RefusedError
 
 LoraWeights = Literal["merged", "unmerged"]
 NOISE = 16
-"""Roundings, in units of the stored dtype's precision relative to a weight's norm, that merging and taking apart leave;
-loralib does both at every validation."""
+"""Roundings, in units of float32's precision relative to a weight's norm, that merging and taking apart leave; loralib does
+both at every validation."""
+HALF_NOISE = 3
+"""The same for an entry in half precision, in units in its last place. Relative to the norm they would hide real changes."""
+LEFT = 0.05
+"""Part of the product that the rest may hold; roundings hold none of a product that is larger than they are."""
 
 _STATISTICS = (".running_mean", ".running_var")
 
@@ -78,6 +82,7 @@ def take_out_products(
             "(--lora-weights merged or unmerged)"
         )
     frozen: dict[str, Tensor] = {}
+    first: dict[str, Factors] = {}
     merged, problems = [], []
     for pair in factors:
         saved, bias, name = _saved(parts, pair)
@@ -88,9 +93,14 @@ def take_out_products(
             problems.append(f"{name}: {state}")
         else:
             merged += [name] * (state == "merged")
-            for part, tensor in (("weight", weight), ("bias", bias)):
-                if not _same(frozen.setdefault(f"{pair.module}.{part}", tensor), tensor):
-                    problems.append(f"{name}: its {part} is not that of expert 0, so they had different backbones")
+            first.setdefault(pair.module, pair)
+            theirs = frozen.setdefault(f"{pair.module}.weight", weight)
+            same = {
+                "weight": weight is theirs or _same(weight, pair, theirs, first[pair.module]),
+                "bias": torch.equal(frozen.setdefault(f"{pair.module}.bias", bias), bias),
+            }
+            for part in (p for p, equal in same.items() if not equal):
+                problems.append(f"{name}: its {part} is not that of expert 0, so they had different backbones")
     if problems:
         raise RefusedError("the projections under LoRA cannot be told apart from its products:" + listed(problems))
     return {**parts.backbone, **frozen}, tuple(merged)
@@ -146,20 +156,59 @@ def _without_product(
         return f"the saved weight, the product and the base have shapes {shapes}", None
     if base is None:
         return ("unmerged", saved) if said == "unmerged" else ("merged", (saved.double() - product).to(saved.dtype))
-    noise = NOISE * torch.finfo(saved.dtype).eps * float(base.double().norm())
+    allowed = _rounding(base, pair, saved.dtype)
     difference = saved.double() - base.double()
-    rests = {"unmerged": float(difference.norm()), "merged": float((difference - product).norm())}
-    state = min(rests, key=rests.__getitem__)
-    if not rests[state] <= noise:
+    rests = {"unmerged": difference, "merged": difference - product}
+    norms = {name: float(rest.norm()) for name, rest in rests.items()}
+    problems = {name: _beyond_rounding(rest, product, allowed, saved.dtype) for name, rest in rests.items()}
+    state = min(rests, key=lambda name: (bool(problems[name]), norms[name]))
+    if problems[state]:
+        closer = min(norms, key=norms.__getitem__)
         return (
-            f"differs from the base by {rests['unmerged']:.3g}, and by {rests['merged']:.3g} with the product taken out "
-            f"(norms; rounding stays below {noise:.3g}), so this is not the base that it was trained on"
+            f"differs from the base by {norms['unmerged']:.3g}, and by {norms['merged']:.3g} with the product taken out "
+            f"(norms; {problems[closer]}), so this is not the base that it was trained on"
         ), None
-    if said is not None and state != said and rests[said] > noise:
+    if said is not None and problems[said]:
         return f"is {state}, as the base shows, not {said}", None
     return state, base
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    noise = NOISE * torch.finfo(one.dtype).eps * float(one.double().norm())
-    return one is other or (one.shape == other.shape and float((one.double() - other.double()).norm()) <= noise)
+def _is_half(dtype: torch.dtype) -> bool:
+    return torch.finfo(dtype).bits < 32
+
+
+def _rounding(weight: Tensor, pair: Factors, dtype: torch.dtype) -> Tensor:
+    """What rounding leaves at most: in half precision of each entry, else one number, the norm of all.
+
+    In half precision the factors are rounded, too, and an entry of the product is a sum that may cancel.
+    """
+    kind = torch.finfo(dtype)
+    if _is_half(dtype):
+        own, b, a = (t.double().abs().clamp(min=kind.tiny) for t in (weight, pair.b, pair.a))
+        allowed = (own + b @ a / len(a)) * (HALF_NOISE * kind.eps)
+    else:
+        allowed = torch.tensor(NOISE * kind.eps * float(weight.double().norm()))
+    return allowed
+
+
+def _fits(rest: Tensor, allowed: Tensor, dtype: torch.dtype) -> bool:
+    return bool((rest.abs() <= allowed).all()) if _is_half(dtype) else bool(rest.norm() <= allowed)
+
+
+def _same(one: Tensor, pair: Factors, other: Tensor, others: Factors) -> bool:
+    """Whether two experts had the same weight, before rounding."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    allowed = torch.maximum(_rounding(one, pair, one.dtype), _rounding(other, others, one.dtype))
+    return _fits(one.double() - other.double(), allowed, one.dtype)
+
+
+def _beyond_rounding(rest: Tensor, product: Tensor, allowed: Tensor, dtype: torch.dtype) -> str:
+    """Why a difference is more than rounding; empty where it is not."""
+    if not _fits(rest, allowed, dtype):
+        entries = f", and {HALF_NOISE} units in each entry's last place" * _is_half(dtype)
+        return f"rounding stays below {float(allowed.norm()):.3g}{entries}"
+    if product.norm() <= allowed.norm() / (HALF_NOISE if _is_half(dtype) else 1):
+        return ""  # rounding may have swallowed the product
+    left = float((rest * product).sum() / product.square().sum())
+    return "" if abs(left) < LEFT else f"it holds {left:.2g} times the product, which no rounding does"
