@@ -69,6 +69,7 @@ def _load_ofa(name: str, source: str, device: str | torch.device, dtype: torch.d
     from pituning.backbones.ofa.backbone import OFABackbone
     from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
     from pituning.backbones.ofa.processing import OFAProcessor
+    from pituning.problems import listed
 
     try:
         with _without_bar():
@@ -79,11 +80,9 @@ def _load_ofa(name: str, source: str, device: str | torch.device, dtype: torch.d
         ) from error
     problems = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in sorted(keys, key=str)]
     if problems:
-        listed = "".join(f"\n  {p}" for p in problems[:8])
-        more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise PituningError(
             f"backbone {name!r}: the tensors in {source} are not those of its configuration; original OFA checkpoints are "
-            f"made readable by `pituning convert`:{listed}{more}"
+            f"made readable by `pituning convert`:{listed(problems)}"
         )
     if not Path(source).is_dir():
         from huggingface_hub import snapshot_download

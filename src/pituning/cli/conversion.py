@@ -19,11 +19,11 @@ from pituning.backbones.ofa.fairseq_experts import FairseqExpert, FairseqExperts
 from pituning.backbones.ofa.frozen import Change, LoraWeights
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.backbones.ofa.names import FairseqParts
-from pituning.backbones.ofa.problems import listed
 from pituning.backbones.ofa.selfcheck import UnreadOFA, check_folder, checked_logits, require_equal
 from pituning.errors import PituningError, RefusedError
 from pituning.experts.expert import Expert, ExpertCard, file_hash
 from pituning.methods.attach import attached, config_dict, peft_config
+from pituning.problems import listed
 
 Report = Callable[[str, int, int], None]
 _EMA_NOTE = (

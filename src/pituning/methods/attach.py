@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError
+from pituning.problems import listed, tensor_problems
 
 _PREFIX = "base_model.model."
 _ADAPTER = "default"
@@ -130,18 +131,8 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, T
     Raises:
         ExpertError: names every tensor that is missing, extra, misshaped or not finite.
     """
-    problems = [f"missing tensor {key} {list(expected[key])}" for key in expected if key not in found]
-    problems += [f"extra tensor {key} {list(found[key].shape)}" for key in found if key not in expected]
-    for key in expected.keys() & found.keys():
-        if tuple(found[key].shape) != expected[key]:
-            problems.append(f"tensor {key} has shape {list(found[key].shape)}, expected {list(expected[key])}")
-        elif not torch.isfinite(found[key]).all():
-            bad = int((~torch.isfinite(found[key])).sum())
-            problems.append(f"tensor {key} {list(expected[key])} holds {bad} values that are NaN or infinite")
-    if problems:
-        more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
-        listed = "".join(f"\n  {p}" for p in sorted(problems)[:8])
-        raise ExpertError(f"{where} does not fit its configuration:{listed}{more}")
+    if problems := tensor_problems(expected, found):
+        raise ExpertError(f"{where} does not fit its configuration:{listed(problems)}")
 
 
 def _init_seed(backbone: Backbone, config: PeftConfig) -> int:

@@ -30,8 +30,8 @@ from pituning.backbones.ofa.names import (
     state_to_fairseq,
 )
 from pituning.backbones.ofa.positions import image_bucket_matrix, token_bucket_matrix
-from pituning.backbones.ofa.problems import listed
 from pituning.errors import PituningError
+from pituning.problems import listed, tensor_problems
 
 __all__ = [
     "Checkpoint",
@@ -119,15 +119,7 @@ def load_state(model: OFAForConditionalGeneration, state: Mapping[str, Tensor], 
         PituningError: names every tensor that is missing, extra, misshaped or not finite.
     """
     expected = {k: tuple(t.shape) for k, t in model.state_dict().items() if k not in TIED}
-    problems = [f"missing tensor {k} {list(expected[k])}" for k in expected if k not in state]
-    problems += [f"extra tensor {k} {list(state[k].shape)}" for k in state if k not in expected]
-    for key in expected.keys() & state.keys():
-        if tuple(state[key].shape) != expected[key]:
-            problems.append(f"tensor {key} has shape {list(state[key].shape)}, expected {list(expected[key])}")
-        elif not torch.isfinite(state[key]).all():
-            bad = int((~torch.isfinite(state[key])).sum())
-            problems.append(f"tensor {key} {list(expected[key])} holds {bad} values that are NaN or infinite")
-    if problems:
+    if problems := tensor_problems(expected, state):
         raise PituningError(f"{where} does not fit the model that its configuration describes:" + listed(problems))
     model.load_state_dict({**state, **dict.fromkeys(TIED, state[EMBEDDING])}, strict=True)
 

@@ -18,8 +18,8 @@ from pituning.backbones.ofa.configuration import OFAConfig
 from pituning.backbones.ofa.fairseq_prefixes import plain_prefixes
 from pituning.backbones.ofa.frozen import Change, Factors, LoraWeights, changes_of, take_out_products
 from pituning.backbones.ofa.names import FairseqParts, our_name
-from pituning.backbones.ofa.problems import listed
 from pituning.errors import PituningError, RefusedError
+from pituning.problems import listed
 
 PEFT_PREFIX = "base_model.model."
 _SITES = {"1": "self_attn_output", "2": "ffn_output"}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pituning.backbones.ofa.configuration import RESNET_LAYERS, SIZES, OFAConfig
 from pituning.backbones.ofa.names import PREFIX, our_name
-from pituning.backbones.ofa.problems import listed
 from pituning.errors import PituningError, unknown_name
+from pituning.problems import listed
 
 PUBLISHED_WIDTHS = (64, [64, 128, 256])  # of the stem's first convolution and of its stages, in every published size
 

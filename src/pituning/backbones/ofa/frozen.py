@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pituning.backbones.ofa.names import FairseqParts, fairseq_name
-from pituning.backbones.ofa.problems import listed
 from pituning.errors import PituningError, RefusedError
+from pituning.problems import listed
 
 LoraWeights = Literal["merged", "unmerged"]
 NOISE = 16

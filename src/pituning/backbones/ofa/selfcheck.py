@@ -12,8 +12,8 @@ from pituning.backbones.base import Backbone
 from pituning.backbones.ofa.backbone import OFABackbone
 from pituning.backbones.ofa.configuration import STEM_STRIDE, OFAConfig
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
-from pituning.backbones.ofa.problems import listed
 from pituning.errors import PituningError
+from pituning.problems import listed
 
 
 class UnreadOFA(OFABackbone):
