@@ -133,13 +133,13 @@ class TinyOFA(Seq2SeqBackbone):
         dtype = next(self.model.parameters()).dtype
         return {**super().collate(examples), "patch_images": torch.stack(images).to(dtype)}
 
-    def loss(self, batch: Batch) -> Tensor:
-        return -self._log_probability(batch["labels"], **{k: batch[k] for k in batch if k != "labels"})
+    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        return self._losses(batch["labels"], label_smoothing, **{k: batch[k] for k in batch if k != "labels"})
 
     def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
         encoded = self.model.get_encoder()(**{k: batch[k] for k in batch if k != "labels"})
         labels = self._labels(choices).repeat(len(batch["input_ids"]), 1)
-        return self._log_probability(labels, encoder_outputs=encoded).view(-1, len(choices))
+        return -self._losses(labels, encoder_outputs=encoded).view(-1, len(choices))
 
 
 def build_ofa(dtype: torch.dtype, **options: Any) -> TinyOFA:

@@ -33,6 +33,10 @@ class RefusedError(PituningError):
     """The operation has no exact meaning for these inputs, so it is not carried out."""
 
 
+class MissingDependencyError(PituningError):
+    """Something optional is not installed; the message says what, and how to get it."""
+
+
 class RecipeError(PituningError):
     """A recipe file is not valid; the message lists every problem at once."""
 

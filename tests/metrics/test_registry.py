@@ -9,10 +9,12 @@ from pituning.metrics.registry import metric_named, metric_names
 
 
 def test_every_metric_says_what_it_compares() -> None:
-    assert {kind: metric_names(kind) for kind in ("choice", "box", "text")} == {  # type: ignore[arg-type]
-        "choice": ["accuracy", "macro-F1", "Matthews"],
+    assert {kind: metric_names(kind) for kind in ("choice", "box", "text", "references", "soft")} == {  # type: ignore[arg-type]
+        "choice": ["accuracy", "F1", "macro-F1", "Matthews"],
         "box": ["acc@0.5"],
         "text": ["exact-match"],
+        "references": ["BLEU-4", "CIDEr-D", "METEOR", "SPICE", "ROUGE-1", "ROUGE-2", "ROUGE-L"],
+        "soft": ["vqa-accuracy"],
     }
     answers = {"choice": [0, 1, 1, 0], "box": [(0, 0, 2, 2), (1, 1, 3, 4)], "text": ["a", "b c"]}
     for kind, right in answers.items():
@@ -29,3 +31,12 @@ def test_unknown_names_come_with_the_nearest() -> None:
 def test_exact_match_ignores_spaces_at_the_ends_alone() -> None:
     truth = ["a dog", "a dog", "a dog", "a dog"]
     assert metric_named("exact-match").compute(truth, [" a dog ", "a  dog", "A dog", "a dog."]) == 0.25
+
+
+def test_classification_metrics_by_hand() -> None:
+    """Right 1 1 1 0 0 0 0 1, found 1 0 1 0 1 0 0 0: 2 true positives, 1 false one, 2 missed, 3 true negatives."""
+    truth, found = [1, 1, 1, 0, 0, 0, 0, 1], [1, 0, 1, 0, 1, 0, 0, 0]
+    assert metric_named("accuracy").compute(truth, found) == 5 / 8
+    assert metric_named("F1").compute(truth, found) == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
+    expected = (2 * 3 - 1 * 2) / (3 * 4 * 4 * 5) ** 0.5
+    assert metric_named("Matthews").compute(truth, found) == pytest.approx(expected)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pituning.backbones.loss import label_smoothed_nll
 from pituning.backbones.ofa.configuration import OFAConfig
 from pituning.backbones.ofa.generation import beam_search
-from pituning.backbones.ofa.loss import label_smoothed_nll
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.experts import Expert, ExpertCard
 from pituning.interpolation import Mixture, build_mixture, group_names

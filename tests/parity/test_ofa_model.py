@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pituning.backbones.loss import label_smoothed_nll
 from pituning.backbones.ofa.configuration import OFAConfig
-from pituning.backbones.ofa.loss import label_smoothed_nll
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.backbones.ofa.positions import image_bucket_matrix, token_bucket_matrix
 from tests.parity.reference import (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.errors import DataError, ExpertError
+from pituning.example import Example
 from pituning.experts import Expert
 from pituning.interpolation import Mixture, build_mixture
 from pituning.methods import attached, initial_tensors, make_config
@@ -349,3 +351,100 @@ def test_settings_become_plain_values() -> None:
     values = settings_dict(BATCHES)
     assert json.loads(json.dumps(values)) == values
     assert TrainSettings(**values) == BATCHES
+
+
+@pytest.mark.parametrize("family", ["encoder", "seq2seq"])
+def test_examples_count_by_their_weight_and_batches_add_up_to_a_step(
+    backbone_of: Any, random_expert: Any, random_examples: Any, distance: Any, family: str
+) -> None:
+    """Three batches of two examples are one step of six, and an example of weight 2 counts twice."""
+    backbone = backbone_of(family, torch.float64)
+    expert = random_expert(backbone, "bottleneck", 1)
+    weights = (0.3, 1.0, 2.0, 0.0, 1.0, 0.7)
+    examples = [replace(e, weight=w) for e, w in zip(random_examples(6, 1), weights, strict=True)]
+    with attached(backbone, expert.config, expert.tensors) as site:
+        optimizer = torch.optim.AdamW(site.parameters.values(), lr=1e-2, weight_decay=0.0, eps=1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            total = sum(e.weight * backbone.loss(backbone.collate([e]))[0] for e in examples)
+            (total / len(examples)).backward()
+            optimizer.step()
+        expected = {k: p.detach().clone() for k, p in site.parameters.items()}
+    original = torch.optim.AdamW
+    settings = PLAIN.with_(steps=2, batch_size=2, accumulate=3)
+    mixture, config = build_mixture([expert], train="experts")
+    with pytest.MonkeyPatch.context() as patch:  # eps as above: Adam itself would hide a wrong scale of the gradient
+        patch.setattr(torch.optim, "AdamW", lambda groups, **options: original(groups, **{**options, "eps": 1e-3}))
+        result = fit(backbone, mixture, config, examples, settings)
+    assert result.steps == 2
+    for key, tensor in mixture().items():
+        assert distance(tensor, expected[key]) < 1e-7, key
+        assert distance(tensor, expert.tensors[key]) > 1e-4, f"{key} must have moved"
+
+
+@pytest.mark.parametrize("family", ["encoder", "seq2seq"])
+def test_label_smoothing_is_of_the_training_loss_only(
+    backbone_of: Any, random_expert: Any, random_examples: Any, distance: Any, family: str
+) -> None:
+    backbone = backbone_of(family, torch.float64)
+    expert, examples = random_expert(backbone, "bottleneck", 1), random_examples(5, 1)
+    with attached(backbone, expert.config, expert.tensors) as site:
+        optimizer = torch.optim.AdamW(site.parameters.values(), lr=1e-2, weight_decay=0.0)
+        optimizer.zero_grad()
+        backbone.loss(backbone.collate(examples), 0.3).mean().backward()
+        optimizer.step()
+        expected = {k: p.detach().clone() for k, p in site.parameters.items()}
+    held = {}
+    for smoothing in (0.3, 0.0):
+        other, config = build_mixture([expert], train="experts")
+        found = fit(
+            backbone, other, config, examples, PLAIN.with_(steps=1, label_smoothing=smoothing), held_out=examples
+        )
+        held[smoothing] = found.held_out
+        if smoothing:
+            for key, tensor in other().items():
+                assert distance(tensor, expected[key]) < 1e-7, key
+    assert held[0.3][0] == held[0.0][0], "the held-out log-loss is not smoothed"
+    assert held[0.3][1] != held[0.0][1]
+
+
+def test_training_reads_its_examples_by_index_and_in_a_seeded_order(
+    bert: Backbone, random_expert: Any, random_examples: Any
+) -> None:
+    class Lazily(Sequence[Example]):
+        def __init__(self, examples: Sequence[Example]) -> None:
+            self.examples, self.read = examples, list[int]()
+
+        def __len__(self) -> int:
+            return len(self.examples)
+
+        def __getitem__(self, index: Any) -> Any:
+            self.read.append(index)
+            return self.examples[index]
+
+    orders = []
+    for seed in (0, 0, 1):
+        lazy = Lazily(random_examples(12, 1))
+        mixture, config = build_mixture([random_expert(bert, "lora", 1)], train="experts")
+        fit(bert, mixture, config, lazy, BATCHES.with_(steps=2, batch_size=4, seed=seed))
+        orders.append(lazy.read[:8])
+    assert orders[0] == orders[1] != orders[2]
+    assert len(set(orders[0])) == 8
+
+
+def test_pictures_are_changed_in_training_only_and_only_if_wanted(
+    t5: Backbone, random_expert: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Example] = []
+
+    class Watching:
+        def __call__(self, example: Example) -> Example:
+            seen.append(example)
+            return example
+
+    monkeypatch.setattr("pituning.training.trainer.augmenter", lambda name, seed: Watching() if name else None)
+    examples = [Example(f"e{i}", ("ba",), "ba", "ba", augmentation="image-classification") for i in range(4)]
+    for augment in (True, False):
+        mixture, config = build_mixture([random_expert(t5, "lora", 1)], train="experts")
+        fit(t5, mixture, config, examples, PLAIN.with_(steps=1, augment=augment), held_out=examples)
+        assert len(seen) == 4, "once for every training example, never for a held-out one"

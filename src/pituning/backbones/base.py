@@ -39,6 +39,9 @@ class Backbone(ABC):
 
     family: str = ""
 
+    searches_choices: bool = False
+    """Whether :meth:`generate` takes ``choices=``, and then writes nothing but one of them."""
+
     hub_names: Mapping[str, str] = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, *, device: str | torch.device = "cpu") -> None:
@@ -69,8 +72,16 @@ class Backbone(ABC):
         """Turn examples into a padded batch on the backbone's device."""
 
     @abstractmethod
-    def loss(self, batch: Batch) -> Tensor:
-        """Per-example −log p(target | input), shape ``[batch]``, in nats, summed over target tokens."""
+    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """Per-example −log p(target | input), shape ``[batch]``, in nats, summed over target tokens.
+
+        Args:
+            label_smoothing: ε: each token's loss is (1 − ε) times this, plus ε times the mean over the other tokens that
+                can stand there. For training; everything else is measured with 0.
+
+        Raises:
+            DataError: if an example has no target.
+        """
 
     @abstractmethod
     def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:

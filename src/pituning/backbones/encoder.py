@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pituning.backbones.base import Backbone, Batch, biased_modules, common_choices, require_text_only
+from pituning.backbones.loss import label_smoothed_nll
 from pituning.errors import RefusedError
 from pituning.example import Example
 
@@ -65,14 +66,20 @@ class EncoderBackbone(Backbone):
         batch = self._tokenize([e.texts for e in examples])
         if choices:
             batch["label_embeddings"] = self.label_embeddings(choices)
-            batch["target"] = torch.tensor([e.label for e in examples], device=self.device)
+            if all(e.target for e in examples):
+                batch["target"] = torch.tensor([e.label for e in examples], device=self.device)
         return batch
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """See :meth:`Backbone.loss`: cross-entropy over the task's choices."""
         if "target" not in batch:
-            raise RefusedError("an encoder backbone needs a closed answer set: these examples have no choices")
-        return F.cross_entropy(self._logits(batch, batch["label_embeddings"]), batch["target"], reduction="none")
+            raise RefusedError(
+                "an encoder backbone needs a closed answer set with an answer for every example of the batch"
+            )
+        logits = self._logits(batch, batch["label_embeddings"])
+        if label_smoothing:
+            return label_smoothed_nll(logits[:, None], batch["target"][:, None], label_smoothing)
+        return F.cross_entropy(logits, batch["target"], reduction="none")
 
     def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
         """See :meth:`Backbone.score`."""

@@ -12,10 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from pituning.backbones.base import Backbone, Batch, biased_modules, require_text_only
+from pituning.backbones.loss import IGNORED, label_smoothed_nll
 from pituning.errors import PituningError, RefusedError
 from pituning.example import Example
 
-PADDING = -100  # label of positions behind a target's end; transformers' own value
 PAIRS_PER_PASS = 512  # bounds the logits of one decoder pass: 512 pairs × 8 tokens × 32k words are 0.5 GB in float32
 MAX_NEW_TOKENS = 64
 
@@ -82,10 +82,13 @@ class Seq2SeqBackbone(Backbone):
             "labels": self._labels([e.target for e in examples]),
         }
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """See :meth:`Backbone.loss`: −log p of the whole target, its end included."""
-        return -self._log_probability(
-            batch["labels"], input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        return self._losses(
+            batch["labels"],
+            label_smoothing,
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
         )
 
     def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
@@ -106,12 +109,12 @@ class Seq2SeqBackbone(Backbone):
         examples = len(hidden)
         scores = []
         for labels in torch.split(self._labels(choices), max(1, PAIRS_PER_PASS // examples)):
-            log_p = self._log_probability(
+            losses = self._losses(
                 labels.repeat(examples, 1),
                 encoder_outputs=BaseModelOutput(last_hidden_state=hidden.repeat_interleave(len(labels), dim=0)),
                 attention_mask=mask.repeat_interleave(len(labels), dim=0),
             )
-            scores.append(log_p.view(examples, len(labels)))
+            scores.append(-losses.view(examples, len(labels)))
         return torch.cat(scores, dim=1)
 
     def generate(self, batch: Batch, **options: Any) -> list[str]:
@@ -130,17 +133,19 @@ class Seq2SeqBackbone(Backbone):
         answers: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return answers
 
-    def _log_probability(self, labels: Tensor, **inputs: Any) -> Tensor:
-        """log p(labels | inputs), summed over tokens: ``[rows, tokens]`` to ``[rows]``."""
+    def _losses(self, labels: Tensor, label_smoothing: float = 0.0, **inputs: Any) -> Tensor:
+        """−log p(labels | inputs), smoothed, summed over tokens: ``[rows, tokens]`` to ``[rows]``."""
         model: Any = self.model
         shifted = model.prepare_decoder_input_ids_from_labels(labels)
         logits = model(**inputs, decoder_input_ids=shifted, use_cache=False).logits
+        if label_smoothing:
+            return label_smoothed_nll(logits, labels, label_smoothing)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=PADDING)
-        return -losses.view_as(labels).sum(dim=1)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        return losses.view_as(labels).sum(dim=1)
 
     def _labels(self, targets: Sequence[str]) -> Tensor:
         end = self.tokenizer.eos_token_id
         rows = self.tokenizer(text_target=list(targets))["input_ids"]
         ended = [torch.tensor(row if end in row else [*row, end]) for row in rows]
-        return pad_sequence(ended, batch_first=True, padding_value=PADDING).to(self.device)
+        return pad_sequence(ended, batch_first=True, padding_value=IGNORED).to(self.device)

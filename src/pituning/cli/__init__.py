@@ -12,9 +12,12 @@ from pituning.cli.embed import embed
 from pituning.cli.eval import evaluate
 from pituning.cli.interpolate import interpolate
 from pituning.cli.pool import pool_app
+from pituning.cli.predict import predict
 from pituning.cli.rank import rank
 from pituning.cli.run import run
 from pituning.cli.train import train
+from pituning.cli.validate import validate
+from pituning.cli.zeroshot import zeroshot
 from pituning.version import __version__
 
 # Other libraries read these when they are first imported; what the user has set counts.
@@ -37,7 +40,10 @@ app.command()(embed)
 app.command()(rank)
 app.command()(interpolate)
 app.command("eval")(evaluate)
+app.command()(predict)
+app.command()(zeroshot)
 app.command()(run)
+app.command()(validate)
 app.command()(convert)
 app.add_typer(pool_app, name="pool", help="Look after a pool: list, show, verify and audit its experts.")
 

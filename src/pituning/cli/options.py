@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,7 +24,11 @@ Method = Annotated[
     str, typer.Option(metavar="NAME", help="How the backbone is adapted: lora, bottleneck, prefix or bitfit.")
 ]
 
-TaskKind = Literal["classification", "grounding"]
+TaskKind = Literal[
+    "classification", "grounding", "vqa", "visual-entailment", "captioning", "image-classification", "summarisation",
+    "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2",
+]  # fmt: skip
+PromptTypeName = Literal["none", "src", "prev_output"]
 
 _DATA, _OWN_DATA, _MODEL, _SAVING = "Data", "Your own data", "Model", "Saving"
 
@@ -56,6 +60,10 @@ class DataOptions:
         Path | None,
         typer.Option(metavar="FILE", help="Training examples (.tsv, .csv, .jsonl).", rich_help_panel=_OWN_DATA),
     ] = None
+    dev_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Examples that choose the best state of a run.", rich_help_panel=_OWN_DATA),
+    ] = None
     test_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Test examples, likewise.", rich_help_panel=_OWN_DATA)
     ] = None
@@ -81,35 +89,79 @@ class DataOptions:
     task_kind: Annotated[
         TaskKind,
         typer.Option(
-            help="What your files hold: texts with labels, or grounding: pictures, a text, and where it is "
-            "(columns image, text, x0, y0, x1, y1).",
+            help="What your files hold: texts with labels; or one of the paper's kinds, as a TSV in OFA's layout, or "
+            "with a header. Grounding also takes the columns image, text, x0, y0, x1, y1.",
             rich_help_panel=_OWN_DATA,
         ),
     ] = "classification"
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="vqa, image-classification: the answers that may be given (OFA's .pkl, .json, or one a line).",
+            rich_help_panel=_OWN_DATA,
+        ),
+    ] = None
+    premise: Annotated[
+        bool,
+        typer.Option(
+            "--premise", help="visual-entailment: read the picture's caption, too.", rich_help_panel=_OWN_DATA
+        ),
+    ] = False
+    objects: Annotated[
+        bool, typer.Option("--objects", help="vqa: read the detected objects, too.", rich_help_panel=_OWN_DATA)
+    ] = False
+    prompt_type: Annotated[
+        PromptTypeName | None,
+        typer.Option(
+            help="What OFA's decoder reads before its answer: nothing, the source, or the source without its end; "
+            "default: what OFA's own script has for the kind.",
+            rich_help_panel=_OWN_DATA,
+        ),
+    ] = None
 
     def load(self, name: str) -> Task:
         """The task: from own files where they are given, otherwise the built-in one of that name."""
         from pituning.tasks import load_task
 
         if not self.own_files:
-            if self.labels or self.text_column or self.label_column or self.task_kind != "classification":
+            if self._of_columns or self._of_kinds or self.task_kind != "classification":
                 raise typer.BadParameter(
-                    "--task-kind, --labels, --text-column and --label-column describe your own data: "
+                    f"{', '.join([*self._of_columns, *self._of_kinds]) or '--task-kind'}: that describes your own data: "
                     "add --train-file or --test-file"
                 )
             return load_task(name, shots=self.shots, seed=self.seed, data=self.data)
-        task = self._grounding(name) if self.task_kind == "grounding" else self._classification(name)
+        task = self._classification(name) if self.task_kind == "classification" else self._of_kind(name)
         return task if self.shots is None else task.few_shot(self.shots, self.seed)
+
+    @property
+    def _of_columns(self) -> list[str]:
+        """The options given that belong to files of labelled texts."""
+        given = {"--labels": self.labels, "--text-column": self.text_column, "--label-column": self.label_column}
+        return [option for option, value in given.items() if value]
+
+    @property
+    def _of_kinds(self) -> dict[str, Any]:
+        """The options given that belong to one of the paper's kinds, with the kind's name for each."""
+        given = {
+            "--answers": self.answers,
+            "--premise": self.premise,
+            "--objects": self.objects,
+            "--prompt-type": self.prompt_type,
+        }
+        return {option: value for option, value in given.items() if value}
 
     @property
     def own_files(self) -> dict[str, Path]:
         """The user's own files by split."""
-        files = {"train": self.train_file, "test": self.test_file}
+        files = {"train": self.train_file, "dev": self.dev_file, "test": self.test_file}
         return {split: path for split, path in files.items() if path is not None}
 
     def _classification(self, name: str) -> Task:
         from pituning.tasks import task_from_files
 
+        if self._of_kinds:
+            raise typer.BadParameter(f"{', '.join(self._of_kinds)}: not for files of labelled texts; see --task-kind")
         return task_from_files(
             name,
             self.own_files,
@@ -118,15 +170,21 @@ class DataOptions:
             label=self.label_column or "label",
         )
 
-    def _grounding(self, name: str) -> Task:
-        from pituning.tasks import grounding_from_files
+    def _of_kind(self, name: str) -> Task:
+        from pituning.tasks import KINDS, grounding_from_files, task_from_records
+        from pituning.tasks.grounding import has_corner_columns
 
-        if self.labels or self.text_column or self.label_column:
+        if self._of_columns:
             raise typer.BadParameter(
-                "a grounding file has no labels and its columns have fixed names: leave out --labels, --text-column and "
-                "--label-column"
+                f"the columns of a {self.task_kind} file have fixed names or places: leave out {', '.join(self._of_columns)}"
             )
-        return grounding_from_files(name, self.own_files)
+        if self.task_kind == "grounding" and all(map(has_corner_columns, self.own_files.values())):
+            return grounding_from_files(name, self.own_files)
+        settings = {o.removeprefix("--").replace("-", "_"): v for o, v in self._of_kinds.items() if o != "--answers"}
+        known = {f.name for f in fields(KINDS[self.task_kind]())}
+        if wrong := [f"--{s.replace('_', '-')}" for s in settings if s not in known]:
+            raise typer.BadParameter(f"{', '.join(wrong)}: not for {self.task_kind}")
+        return task_from_records(name, KINDS[self.task_kind](**settings), self.own_files, answers=self.answers)
 
     def _label_texts(self) -> dict[str, str]:
         texts = dict(label.split("=", 1) for label in self.labels or () if "=" in label)

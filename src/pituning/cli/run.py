@@ -28,18 +28,67 @@ def run(
     seeds: Annotated[
         str | None, typer.Option(metavar="0,1", help="Run these seeds, not those that the recipe lists.")
     ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Of a table's recipe: experts, fisher, interpolation; default: all."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Of a table's recipe: only these tasks; default: all.")
+    ] = None,
 ) -> None:
     """Run an experiment from a recipe: train and blend experts, compare with honest controls, write a report.
 
     Example: pituning run recipes/text/sst2-16shot.yaml --seeds 0,1
+
+    Example, one of the paper's tables: pituning run recipes/ofa/table1-base.yaml --stages experts --tasks refcoco
     """
     chosen = _numbers(seeds)
     if not recipe.is_file():
         raise FileNotFoundError(2, "no such recipe", str(recipe))
     with output.status("loading"):
+        from pituning.experiments.recipe import load_recipe
         from pituning.experiments.runner import run_recipe
+        from pituning.experiments.table_recipe import STAGES, TableRecipe
+        from pituning.experiments.table_runner import run_table
+
+        loaded = load_recipe(recipe)
+    wanted = comma_separated("--stages", stages)
+    if unknown := [s for s in wanted if s not in STAGES]:
+        raise typer.BadParameter(f"--stages: there is no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+    if isinstance(loaded, TableRecipe):
+        if seeds:
+            raise typer.BadParameter("--seeds: a table's recipe has one seed, its entry 'seed'")
+        found = run_table(
+            loaded, folder, stages=[s for s in STAGES if not wanted or s in wanted],
+            tasks=comma_separated("--tasks", tasks), command=f"pituning run {recipe}", progress=not output.quiet,
+        )  # fmt: skip
+        output.result(found, *_table_rows(found), f"results: {(folder or Path(loaded.output)) / 'results.json'}")
+        return
+    if wanted or tasks:
+        raise typer.BadParameter("--stages and --tasks are for the recipes of the paper's tables")
     results = run_recipe(recipe, folder, seeds=chosen, progress=not output.quiet)
     output.result(results, *_tables(results), *filter(None, [results["summary"]]), f"report: {results['report']}")
+
+
+def _table_rows(results: Mapping[str, Any]) -> list[Group]:
+    """One table for each task: what was measured, and beside it what the paper reports, both in per cent."""
+    shown = []
+    for task in dict.fromkeys(row["task"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["task"] == task]
+        columns = [column["name"] for column in rows[0]["columns"]]
+        shown.append(
+            table(
+                f"{results['title']}: {task}, measured (published), per cent",
+                ["", *(f"{c}#" for c in columns)],
+                [[row["row"], *(_figures(c["measured"], c["published"]) for c in row["columns"])] for row in rows],
+            )
+        )
+    return shown
+
+
+def _figures(measured: float | None, published: float | None) -> str:
+    left = "–" if measured is None else f"{100 * measured:.2f}"
+    return left if published is None else f"{left} ({published:g})"
 
 
 def _numbers(seeds: str | None) -> list[int] | None:

@@ -22,14 +22,14 @@ def draw_shots(examples: Sequence[Example], shots: int, seed: int) -> tuple[Exam
         raise DataError(f"shots must be at least 1, not {shots}")
     drawn = []
     for name, members in sorted(_by_class(examples).items()):
-        if len(members) < shots and not members[0].choices:
+        if len(members) < shots and not name:
             raise DataError(f"{shots} shots asked for, but there are only {len(members)} examples")
         if len(members) < shots:
             raise DataError(f"{shots} shots per class asked for, but class {name!r} has only {len(members)} examples")
-        members = sorted(members, key=lambda e: e.id)
+        members = sorted(members)
         random.Random(f"{seed}/{name}").shuffle(members)
         drawn.append(members[:shots])
-    return tuple(example for group in zip(*drawn, strict=True) for example in group)
+    return tuple(examples[index] for group in zip(*drawn, strict=True) for _, index in group)
 
 
 def stratified_folds(examples: Sequence[Example], folds: int, seed: int) -> list[tuple[list[Example], list[Example]]]:
@@ -46,18 +46,19 @@ def stratified_folds(examples: Sequence[Example], folds: int, seed: int) -> list
     fold_of: dict[str, int] = {}
     position = 0
     for name, members in sorted(_by_class(examples).items()):
-        members = sorted(members, key=lambda e: e.id)
+        members = sorted(members)
         random.Random(f"folds/{seed}/{name}").shuffle(members)
-        for example in members:
-            fold_of[example.id] = position % folds
+        for identifier, _ in members:
+            fold_of[identifier] = position % folds
             position += 1
     return [
         ([e for e in examples if fold_of[e.id] != f], [e for e in examples if fold_of[e.id] == f]) for f in range(folds)
     ]
 
 
-def _by_class(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    classes: dict[str, list[Example]] = defaultdict(list)
-    for example in examples:
-        classes[example.target if example.choices else ""].append(example)
+def _by_class(examples: Sequence[Example]) -> dict[str, list[tuple[str, int]]]:
+    """Class → id and position of its examples: the examples themselves may be too many to keep."""
+    classes: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        classes[example.target if example.choices else ""].append((example.id, index))
     return classes

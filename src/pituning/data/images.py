@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pituning.errors import DataError
+from pituning.example import LazyImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,6 +55,8 @@ def _opened(source: ImageSource, name: str) -> Iterator[Image]:
     """The picture, not decoded yet; whatever goes wrong inside the block, too, is the file's fault."""
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(source, LazyImage):
+        name, source = source.place, source.read()
     try:
         if isinstance(source, Image.Image):
             yield source
@@ -71,4 +74,6 @@ def _opened(source: ImageSource, name: str) -> Iterator[Image]:
 
 
 def _shown(source: ImageSource, name: str) -> str:
+    if isinstance(source, LazyImage):
+        return source.place
     return str(source) if isinstance(source, str | Path) else name

@@ -15,8 +15,8 @@ Row = tuple[str, dict[str, str]]
 """Where the row comes from (``file:line``) and its columns."""
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
-    """Read the named columns of a file.
+def read_table(path: Path, columns: Sequence[str] | None) -> list[Row]:
+    """Read the named columns of a file, or all of them (``None``).
 
     TSV files have a header and no quoting; CSV files have a header and standard quoting; JSONL files hold one object a
     line. Encoding is UTF-8.
@@ -31,10 +31,10 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     rows = []
     try:
         for line, values in _jsonl(path) if path.suffix == ".jsonl" else _delimited(path):
-            missing = [c for c in columns if c not in values]
+            missing = [c for c in columns or () if c not in values]
             if missing:
                 raise DataError(f"{path}:{line}: no column {missing[0]!r}; the row has {', '.join(values) or 'none'}")
-            rows.append((f"{path}:{line}", {c: values[c] for c in columns}))
+            rows.append((f"{path}:{line}", values if columns is None else {c: values[c] for c in columns}))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error})") from error
     except csv.Error as error:

@@ -10,6 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pituning.errors import PituningError, RecipeError, UnknownNameError, unknown_name
+from pituning.experiments.table_recipe import TableRecipe, missing_backbone
+from pituning.tasks.task import load_task
 
 ARMS = {
     "zero-shot": ("backbone alone", "no expert at all"),
@@ -101,8 +103,18 @@ class Recipe(_Strict):
         if "pi" in self.arms and "own" not in self.arms:
             problems.append("arm 'pi' needs arm 'own'")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
+
+    def missing_inputs(self) -> list[str]:
+        """What has to be there before the recipe can run, and is not: the tasks' files and the backbone's folder."""
+        missing = missing_backbone(self.backbone)
+        for name in (self.target, *self.pool.tasks):
+            try:
+                load_task(name)
+            except PituningError as error:
+                missing.append(str(error))
+        return missing
 
     def digest(self) -> str:
         """Hash of whatever changes an arm's value: cached cells are reused only under the same digest."""
@@ -110,8 +122,8 @@ class Recipe(_Strict):
         return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:10]
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and validate a recipe.
+def load_recipe(path: str | Path) -> Recipe | TableRecipe:
+    """Read and validate a recipe: a comparison of arms, or, where the file has the entry ``table``, one of the paper's tables.
 
     Raises:
         RecipeError: lists every problem of the file at once.
@@ -126,9 +138,17 @@ def load_recipe(path: str | Path) -> Recipe:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
     try:
-        return Recipe(**values)
+        return TableRecipe(**values) if "table" in values else Recipe(**values)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+        lines = [line for problem in error.errors() for line in _lines(problem)]
         raise RecipeError(f"{path} has {len(lines)} problem(s):\n" + "\n".join(lines)) from error
     except (UnknownNameError, PituningError) as error:
         raise RecipeError(f"{path}: {error}") from error
+
+
+def _lines(problem: Any) -> list[str]:
+    """One line for each thing that is wrong; a check of the whole recipe finds several at once."""
+    place, message = ".".join(map(str, problem["loc"])), problem["msg"]
+    if place:
+        return [f"  {place}: {message}"]
+    return [f"  {part}" for part in message.removeprefix("Value error, ").splitlines()]

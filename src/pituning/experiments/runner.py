@@ -17,9 +17,10 @@ from scipy.stats import t as student
 
 from pituning.backbones import Backbone, load_backbone
 from pituning.data.overlap import Overlap
-from pituning.errors import PituningError
+from pituning.errors import PituningError, RecipeError
 from pituning.experiments.controls import Draw, own_cache
 from pituning.experiments.recipe import ARMS, Recipe, load_recipe
+from pituning.experiments.table_recipe import TableRecipe
 from pituning.experts.pool import ExpertPool
 from pituning.similarity.embedding import embed_task, pool_embedding, shared_reference
 from pituning.similarity.graph import task_graph
@@ -53,6 +54,8 @@ def run_recipe(
         DataError: if the data of a task cannot be found.
     """
     recipe = load_recipe(path)
+    if isinstance(recipe, TableRecipe):
+        raise RecipeError(f"{path} is the recipe of a table, which has stages and no arms: pituning.run_table runs it")
     if seeds is not None:
         recipe = recipe.model_copy(update={"draws": tuple(seeds)})
     folder = Path(output or recipe.output)

@@ -25,6 +25,11 @@ def method_names() -> list[str]:
     return sorted(_PRESETS)
 
 
+def method_fields(method: str) -> list[str]:
+    """Fields of a method's PEFT configuration, which :func:`make_config` takes as overrides."""
+    return list(_PRESETS[method][0].__dataclass_fields__)
+
+
 def make_config(method: str, backbone: Backbone, **overrides: Any) -> PeftConfig:
     """The PEFT configuration of a method on a backbone.
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pituning.errors import unknown_name
-from pituning.metrics import boxes, classification, text
+from pituning.metrics import boxes, captions, classification, summaries, text, vqa
 
-Answers = Literal["choice", "box", "text"]
+Answers = Literal["choice", "box", "text", "references", "soft"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Metric:
     """A metric.
 
     Attributes:
-        answers: what it compares: positions among closed choices, boxes (or ``None``), or texts.
+        answers: what it compares: positions among closed choices; boxes (or ``None``); texts; texts with several
+            *references* each; or texts with the confidence of every answer (*soft*).
         compute: from the right answers and those found, in the same order, to a value; larger = better.
     """
 
@@ -30,6 +31,9 @@ _METRICS = {
     **{name: Metric(name, "choice", compute) for name, compute in classification.METRICS.items()},
     **{name: Metric(name, "box", compute) for name, compute in boxes.METRICS.items()},
     **{name: Metric(name, "text", compute) for name, compute in text.METRICS.items()},
+    **{name: Metric(name, "references", compute) for name, compute in captions.METRICS.items()},
+    **{name: Metric(name, "references", compute) for name, compute in summaries.METRICS.items()},
+    **{name: Metric(name, "soft", compute) for name, compute in vqa.METRICS.items()},
 }
 
 
@@ -50,3 +54,8 @@ def metric_named(name: str) -> Metric:
 def metric_names(answers: Answers) -> list[str]:
     """Names of the metrics that compare answers of one kind."""
     return [name for name, metric in _METRICS.items() if metric.answers == answers]
+
+
+def all_metric_names() -> list[str]:
+    """Names of all metrics."""
+    return sorted(_METRICS)

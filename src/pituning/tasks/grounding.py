@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from pituning.data.cleaning import clean_caption
 from pituning.data.images import image_size
-from pituning.data.tables import read_table
+from pituning.data.records import Records
+from pituning.data.tables import SUFFIXES, read_table
 from pituning.errors import DataError
 from pituning.example import Box, Example, ImageSource
+from pituning.tasks.kind import Kind, filled
 from pituning.tasks.task import Task
 
 MAX_WORDS = 80
@@ -20,6 +23,51 @@ PROMPT = ' which region does the text " {text} " describe?'  # OFA's, with its l
 METRIC = "acc@0.5"
 COLUMNS = ("image", "text", "x0", "y0", "x1", "y1")
 SLACK = 0.01  # pixels; boxes kept as corner + size leave the picture by rounding errors
+
+
+@dataclass(frozen=True)
+class Grounding(Kind):
+    """RefCOCO, RefCOCO+ and RefCOCOg in OFA's files: the box is one column, ``x0,y0,x1,y1`` in pixels of the picture.
+
+    Pictures are not opened before they are needed: a box outside of its picture is found out when it is encoded.
+
+    Source: Yu et al., "Modeling context in referring expressions", ECCV 2016; Mao et al., CVPR 2016 (RefCOCOg).
+    """
+
+    columns = MappingProxyType({"key": 0, "image": 4, "text": 2, "box": 3})
+    optional = frozenset({"key"})
+    aliases = MappingProxyType({"box": ("bbox", "region_coord")})
+    metrics = (METRIC,)
+    submission = ("id", "box")
+
+    def example(self, records: Records, row: int, identifier: str) -> Example:
+        """See :meth:`Kind.example`."""
+        text = filled(records, row, "text")
+        box = _read_box(records.text(row, "box"), records.place(row, "box"))
+        return Example(
+            identifier,
+            (text,),
+            grounding_prompt(text),
+            box_text(box),
+            image=records.image(row, "image"),
+            box=box,
+            key=records.text(row, "key") if "key" in records.columns() else "",
+        )
+
+
+def _read_box(text: str, place: str) -> Box:
+    try:
+        x0, y0, x1, y1 = map(float, text.split(","))
+    except ValueError as error:
+        raise DataError(f"{place}: expected a box as x0,y0,x1,y1 in pixels, found {text!r}") from error
+    if min(x0, y0) > -SLACK:
+        x0, y0 = max(x0, 0.0), max(y0, 0.0)
+    if not (all(map(math.isfinite, (x0, y0, x1, y1))) and 0 <= x0 < x1 and 0 <= y0 < y1):
+        raise DataError(
+            f"{place}: box {text} is empty or outside the picture; expected 0 <= x0 < x1 and 0 <= y0 < y1, its upper left "
+            "and lower right corners (not a corner and a size)"
+        )
+    return x0, y0, x1, y1
 
 
 @dataclass(frozen=True)
@@ -80,6 +128,14 @@ def grounding_from_files(name: str, files: Mapping[str, str | Path]) -> Task:
             for number, (place, row) in enumerate(read_table(path, COLUMNS))
         )
     return Task(name, (), splits, METRIC)
+
+
+def has_corner_columns(path: Path) -> bool:
+    """Whether a file is one for :func:`grounding_from_files`: its first line names the corners of boxes."""
+    if not path.is_file() or path.suffix not in SUFFIXES:
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return all(corner in file.readline(100_000) for corner in COLUMNS[2:])
 
 
 def grounding_prompt(text: str) -> str:

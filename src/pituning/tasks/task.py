@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from pituning.data.fewshot import draw_shots
 from pituning.data.hub import load_hub_split, rows_from_dataset
@@ -17,6 +17,15 @@ from pituning.example import Example
 
 DATA_VARIABLE = "PITUNING_DATA"
 SPLITS = ("train", "dev", "test")
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """Examples that can draw a fixed sample of themselves without making the others."""
+
+    def sample(self, count: int) -> tuple[Example, ...]:
+        """The ``count`` examples whose ids have the smallest SHA-256."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,16 +39,22 @@ class Task:
         metric: name of the metric that :func:`pituning.evaluate` reports first.
         shots: examples per class in ``train`` (for open-ended tasks, examples); ``None`` for full data.
         seed: seed of the few-shot draw.
+        more_metrics: names of further metrics to report.
+        generation: how free-form answers are searched, in transformers' words (``num_beams``, ``max_new_tokens`` …).
+        submission: what an evaluation server calls an item and its answer.
     """
 
     name: str
     choices: tuple[str, ...]
-    splits: Mapping[str, tuple[Example, ...]]
+    splits: Mapping[str, Sequence[Example]]
     metric: str = "accuracy"
     shots: int | None = None
     seed: int = 0
+    more_metrics: tuple[str, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    submission: tuple[str, str] = ("id", "answer")
 
-    def split(self, name: str, limit: int | None = None) -> tuple[Example, ...]:
+    def split(self, name: str, limit: int | None = None) -> Sequence[Example]:
         """Examples of one split; ``limit`` takes a seeded, fixed sample of it.
 
         Raises:
@@ -51,13 +66,19 @@ class Task:
         examples = self.splits[name]
         if limit is None or limit >= len(examples):
             return examples
+        if isinstance(examples, Sampled):
+            return examples.sample(limit)
         order = sorted(examples, key=lambda e: hashlib.sha256(e.id.encode()).digest())
         return tuple(order[:limit])
 
     def few_shot(self, shots: int, seed: int = 0) -> Task:
-        """The same task with ``shots`` labelled examples per class (or in all, where there are none) of the training split."""
+        """The same task with ``shots`` labelled examples per class (or in all, where there are none) of the training split.
+
+        The dev split is left out: shots include validation. Other splits stay.
+        """
         drawn = draw_shots(self.split("train"), shots, seed)
-        splits = {"train": drawn, "test": self.splits.get("test", ())}
+        kept = {name: examples for name, examples in self.splits.items() if name not in ("train", "dev")}
+        splits = {"train": drawn, "test": (), **kept}
         return replace(self, splits=splits, shots=shots, seed=seed)
 
     def __repr__(self) -> str:
@@ -94,6 +115,15 @@ class TaskDefinition:
                 f"task {self.name!r}: two labels have the same text {twice[0]!r}; they could not be told apart"
             )
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Where its files lie in a folder of data sets."""
+        return (self.name,)
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder holds its files by names of their own; these files are called train, dev and test."""
+        return False
+
     def examples(self, rows: Sequence[Row], split: str) -> tuple[Example, ...]:
         """Turn rows into examples.
 
@@ -129,10 +159,37 @@ class TaskDefinition:
         return Task(self.name, tuple(self.labels.values()), splits, self.metric)
 
 
-_REGISTRY: dict[str, TaskDefinition] = {}
+class Definition(Protocol):
+    """A task known by name: where its files lie, and how they become a task."""
+
+    @property
+    def name(self) -> str:
+        """What :func:`load_task` knows it by."""
+        ...
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Where its files lie in a folder of data sets."""
+        ...
+
+    @property
+    def hub(self) -> tuple[str, str | None] | None:
+        """Path and configuration in the `datasets` hub, if it is there."""
+        ...
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder holds its files by names of their own."""
+        ...
+
+    def load(self, folder: Path | None) -> Task:
+        """Read the splits from a folder, or from the hub where ``folder`` is ``None``."""
+        ...
 
 
-def register_task(definition: TaskDefinition) -> TaskDefinition:
+_REGISTRY: dict[str, Definition] = {}
+
+
+def register_task(definition: Definition) -> Definition:
     """Make a task available by name."""
     _REGISTRY[definition.name] = definition
     return definition
@@ -214,18 +271,18 @@ def packaged_data() -> Path:
     return Path(__file__).parent.parent / "data" / "demo"
 
 
-def _find_folder(definition: TaskDefinition, data: str | Path | None) -> Path | None:
+def _find_folder(definition: Definition, data: str | Path | None) -> Path | None:
     name = definition.name
     if data is not None:
-        if not (Path(data) / name).is_dir():
-            raise DataError(f"task {name!r}: there is no folder {Path(data) / name}")
-        return Path(data) / name
+        if found := _folder_in(definition, Path(data)):
+            return found
+        raise DataError(f"task {name!r}: there is no folder {Path(data) / name}")
     places = [Path("../shared/data/text"), packaged_data()]
     if os.environ.get(DATA_VARIABLE):
         places.insert(0, Path(os.environ[DATA_VARIABLE]))
     for place in places:
-        if (place / name).is_dir():
-            return place / name
+        if found := _folder_in(definition, place):
+            return found
     if definition.hub is None:
         looked = ", ".join(str(p / name) for p in places)
         raise DataError(
@@ -235,8 +292,20 @@ def _find_folder(definition: TaskDefinition, data: str | Path | None) -> Path | 
     return None
 
 
-def _register_built_in() -> None:
-    from pituning.tasks import demo, sentence_pairs, text_classification
+def _folder_in(definition: Definition, place: Path) -> Path | None:
+    """The folder with a task's files: one of its own names in a folder of data sets, or that folder itself."""
+    named = [place / folder for folder in definition.folders if (place / folder).is_dir()]
+    return named[0] if named else place if definition.is_in(place) else None
 
-    for definition in (*text_classification.TASKS, *sentence_pairs.TASKS, *demo.TASKS):
+
+def _register_built_in() -> None:
+    from pituning.tasks import demo, paper, sentence_pairs, text_classification
+
+    definitions: tuple[Definition, ...] = (
+        *text_classification.TASKS,
+        *sentence_pairs.TASKS,
+        *demo.TASKS,
+        *paper.TASKS,
+    )
+    for definition in definitions:
         _REGISTRY.setdefault(definition.name, definition)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from pituning.backbones.base import IMAGE_BATCH_SIZE, Backbone, Batch, common_choices
-from pituning.errors import RefusedError
+from pituning.errors import DataError, RefusedError, unknown_name
 from pituning.example import Box, Example
 from pituning.experts.expert import Expert
 from pituning.methods.attach import attached
@@ -23,6 +23,9 @@ from pituning.tasks.task import Task
 from pituning.training.module import MixtureModel
 
 BATCH_SIZE = 64
+
+AnswerBy: TypeAlias = Literal["score", "beam"]
+"""How one of many closed choices is found."""
 
 Answer: TypeAlias = "int | str | Box | None"
 """Position of a choice, a free-form text, or a box (``None``: no box was found)."""
@@ -56,60 +59,162 @@ class Evaluation:
 
 
 def evaluate(
-    backbone: Backbone, expert: Expert | None, task: Task, split: str = "test", limit: int | None = None
+    backbone: Backbone,
+    expert: Expert | None,
+    task: Task,
+    split: str = "test",
+    limit: int | None = None,
+    *,
+    by: AnswerBy = "score",
+    metrics: Sequence[str] = (),
 ) -> Evaluation:
     """Evaluate an expert, or the bare backbone (``expert=None``), on a task.
 
-    Closed choices are scored, free-form answers generated, and boxes located.
+    Closed choices are scored (or searched for, see ``by``), free-form answers generated, and boxes located.
 
     Args:
         limit: at most so many examples, a fixed sample of the split.
+        by: for closed choices, ``"score"`` compares the probabilities of all of them, ``"beam"`` searches for the best one
+            (the paper's two ways to evaluate VQA; beam search is faster where there are thousands, and misses some).
+        metrics: names of further metrics than the task's own, such as METEOR and SPICE of captions.
 
     Raises:
-        DataError: if the split is empty.
+        DataError: if the split is empty, or an example has no answer.
         ExpertError: if the expert does not fit the backbone.
-        RefusedError: if the task's metric does not fit its answers, or the backbone cannot give such answers.
+        RefusedError: if a metric does not fit the task's answers, or the backbone cannot give such answers.
         UnknownNameError: if there is no metric of that name.
     """
     examples = task.split(split, limit)
-    metric = metric_named(task.metric)
-    truth = _truth(metric, task, examples)
-    if expert is not None:
-        expert.require_backbone(backbone)
-    with attached(backbone, expert.config, expert.tensors) if expert else nullcontext():
-        log_p = log_probabilities(backbone, examples)
-        found = log_p.argmax(1).tolist() if metric.answers == "choice" else _open_answers(backbone, examples, metric)
-    metrics = {metric.name: metric.compute(truth, found), "log-loss": log_loss(log_p, examples)}
+    wanted = [metric_named(name) for name in dict.fromkeys((task.metric, *task.more_metrics, *metrics))]
+    kind = _answer_kind(task, examples)
+    truths = {metric.name: _truth(metric, task, kind, examples) for metric in wanted}
+    with _carried(backbone, expert):
+        losses, found = _answers(backbone, task, examples, kind, by, losses=True)
+    values = {
+        metric.name: metric.compute(truths[metric.name], _as_text(metric, kind, examples, found)) for metric in wanted
+    }
     name = expert.name if expert else f"{backbone.name} (zero-shot)"
-    return Evaluation(task.name, split, name, metric.name, metrics, tuple(found))
+    return Evaluation(
+        task.name, split, name, task.metric, {**values, "log-loss": sum(losses) / len(losses)}, tuple(found)
+    )
 
 
-def _truth(metric: Metric, task: Task, examples: Sequence[Example]) -> Sequence[Answer]:
-    """The right answers, as the metric compares them."""
-    kind: Answers
-    truth: Sequence[Answer]
-    boxes = [e.box for e in examples if e.box is not None]
+def predict(
+    backbone: Backbone,
+    expert: Expert | None,
+    task: Task,
+    split: str = "test",
+    limit: int | None = None,
+    *,
+    by: AnswerBy = "score",
+) -> list[tuple[Example, Answer]]:
+    """The answers to the examples of a split, which need no right answers of their own.
+
+    Args:
+        by: as in :func:`evaluate`.
+
+    Returns:
+        every example with the answer: text, or a box (``None``: no box was found).
+
+    Raises:
+        as :func:`evaluate`.
+    """
+    examples = task.split(split, limit)
+    kind: Answers = "box" if metric_named(task.metric).answers == "box" else "choice" if task.choices else "text"
+    with _carried(backbone, expert):
+        _, found = _answers(backbone, task, examples, kind, by, losses=False)
+    answers: list[Answer] = [task.choices[a] if kind == "choice" else a for a in found]
+    return list(zip(examples, answers, strict=True))
+
+
+def _carried(backbone: Backbone, expert: Expert | None) -> AbstractContextManager[object]:
+    if expert is None:
+        return nullcontext()
+    expert.require_backbone(backbone)
+    return attached(backbone, expert.config, expert.tensors)
+
+
+def _answer_kind(task: Task, examples: Sequence[Example]) -> Answers:
+    """What the task's examples are answered by.
+
+    Raises:
+        DataError: if an example has no right answer.
+        RefusedError: if only some of them have a box.
+    """
+    boxes = 0
+    for example in examples:
+        if not example.target:
+            raise DataError(
+                f"example {example.id!r} has no right answer, so it cannot be evaluated; `pituning predict` writes the "
+                "answers for an evaluation server"
+            )
+        boxes += example.box is not None
     if common_choices(examples):
-        kind, truth = "choice", [e.label for e in examples]
-    elif not boxes:
-        kind, truth = "text", [e.target for e in examples]
-    elif len(boxes) == len(examples):
-        kind, truth = "box", boxes
-    else:
-        raise RefusedError(
-            f"task {task.name!r}: only {len(boxes)} of {len(examples)} examples have a box; give all one"
-        )
-    if kind != metric.answers:
+        return "choice"
+    if boxes not in (0, len(examples)):
+        raise RefusedError(f"task {task.name!r}: only {boxes} of {len(examples)} examples have a box; give all one")
+    return "box" if boxes else "text"
+
+
+_FITTING: Mapping[Answers, tuple[Answers, ...]] = {
+    "choice": ("choice", "soft"),
+    "text": ("text", "references", "soft"),
+    "box": ("box",),
+}
+
+
+def _truth(metric: Metric, task: Task, kind: Answers, examples: Sequence[Example]) -> Sequence[Any]:
+    """The right answers, as the metric compares them."""
+    if metric.answers not in _FITTING[kind]:
+        fitting = [name for answers in _FITTING[kind] for name in metric_names(answers)]
         raise RefusedError(
             f"task {task.name!r}: metric {metric.name!r} compares answers of the kind {metric.answers!r}, but the task's "
-            f"are of the kind {kind!r}; its metric may be {' or '.join(metric_names(kind))}"
+            f"are of the kind {kind!r}; its metric may be {' or '.join(fitting)}"
         )
-    return truth
+    if metric.answers == "soft":
+        return [dict(e.answers) or {e.target: 1.0} for e in examples]
+    if metric.answers == "references":
+        return [[answer for answer, _ in e.answers] or [e.target] for e in examples]
+    if metric.answers == "box":
+        return [e.box for e in examples]
+    return [e.label if kind == "choice" else e.target for e in examples]
+
+
+def _as_text(metric: Metric, kind: Answers, examples: Sequence[Example], found: Sequence[Any]) -> Sequence[Any]:
+    """What was found, as the metric compares it."""
+    if kind == "choice" and metric.answers == "soft":
+        return [e.choices[position] for e, position in zip(examples, found, strict=True)]
+    return found
 
 
 @torch.no_grad()
-def _open_answers(backbone: Backbone, examples: Sequence[Example], metric: Metric) -> list[Any]:
-    return _by_batch(backbone, examples, backbone.locate if metric.answers == "box" else backbone.generate)
+def _answers(
+    backbone: Backbone, task: Task, examples: Sequence[Example], kind: Answers, by: AnswerBy, *, losses: bool
+) -> tuple[list[float], list[Any]]:
+    """Each example's log-loss (empty unless asked for) and what the backbone answers."""
+    choices = common_choices(examples)
+
+    def scored(batch: Batch, part: Sequence[Example]) -> list[tuple[float, int]]:
+        log_p = F.log_softmax(backbone.score(batch, choices).float(), dim=1).cpu()
+        target = [-float(row[e.label]) if losses else 0.0 for row, e in zip(log_p, part, strict=True)]
+        return list(zip(target, log_p.argmax(1).tolist(), strict=True))
+
+    def searched(batch: Batch, part: Sequence[Example]) -> list[tuple[float, Any]]:
+        target = backbone.loss(batch).float().tolist() if losses else [0.0] * len(part)
+        if kind == "box":
+            return list(zip(target, backbone.locate(batch), strict=True))
+        only = {"choices": choices} if choices else {}
+        texts = backbone.generate(batch, **{**task.generation, **only})
+        return list(zip(target, [choices.index(t.strip()) for t in texts] if choices else texts, strict=True))
+
+    if by not in ("score", "beam"):
+        raise unknown_name("way to answer", by, ("score", "beam"))
+    if by == "beam" and choices and not backbone.searches_choices:
+        raise RefusedError(
+            f"backbone {backbone.name!r} cannot search among closed choices by beam; an OFA can, and by='score' always works"
+        )
+    rows = _by_batch(backbone, examples, scored if kind == "choice" and by == "score" else searched)
+    return ([loss for loss, _ in rows] if losses else []), [answer for _, answer in rows]
 
 
 @torch.no_grad()
@@ -123,7 +228,7 @@ def log_probabilities(
     choices = common_choices(examples)
     runner = model if model is not None else backbone
 
-    def rows(batch: Batch) -> Tensor:
+    def rows(batch: Batch, part: Sequence[Example]) -> Tensor:
         if choices:
             return F.log_softmax(runner.score(batch, choices).float(), dim=1).cpu()
         return -runner.loss(batch).float().cpu().unsqueeze(1)
@@ -134,18 +239,19 @@ def log_probabilities(
 def _by_batch(
     backbone: Backbone,
     examples: Sequence[Example],
-    compute: Callable[[Batch], Iterable[Any]],
+    compute: Callable[[Batch, Sequence[Example]], Iterable[Any]],
     batch_size: int | None = None,
 ) -> list[Any]:
     """What ``compute`` gives for every example, in their order."""
-    size = batch_size or (IMAGE_BATCH_SIZE if any(e.image is not None for e in examples) else BATCH_SIZE)
+    lengths = [(sum(len(t) for t in e.texts), e.image is not None) for e in examples]
+    size = batch_size or (IMAGE_BATCH_SIZE if any(pictured for _, pictured in lengths) else BATCH_SIZE)
     rows: list[Any] = [None] * len(examples)
     # batches of similar length waste less padding; example n's scores do not depend on its neighbours
-    order = sorted(range(len(examples)), key=lambda i: sum(len(t) for t in examples[i].texts))
+    order = sorted(range(len(examples)), key=lambda i: lengths[i][0])
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        computed = compute(backbone.collate([examples[i] for i in chosen]))
-        for index, row in zip(chosen, computed, strict=True):
+        part = [examples[i] for i in chosen]
+        for index, row in zip(chosen, compute(backbone.collate(part), part), strict=True):
             rows[index] = row
     return rows
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError, RefusedError
-from pituning.experts.expert import Expert
+from pituning.experts.expert import Expert, ExpertCard
 from pituning.interpolation.build import build_mixture, group_names, is_lora
 from pituning.interpolation.collapse import collapse
 from pituning.interpolation.mixture import Mixture
@@ -25,8 +26,8 @@ from pituning.methods.presets import make_config
 from pituning.tasks.task import Task
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_one_standard_error
 from pituning.training.evaluation import mean_log_loss
-from pituning.training.train_expert import fold_experts
-from pituning.training.trainer import fit, settings_dict
+from pituning.training.train_expert import DEV_LIMIT, fold_experts
+from pituning.training.trainer import TrainSettings, fit, settings_dict
 
 INITS = ("uniform", "similarity", "score")
 INCLUDE_OWN = ("auto", True, False)
@@ -223,34 +224,118 @@ class Choice:
         mixture, config = plan.start(None)
         settings = self.search.settings(cell.learning_rate, cell.steps, seed)
         fit(self.backbone, mixture, config, self.task.split("train"), settings)
-        weights = mixture.weights().detach().cpu().tolist()
-        groups = group_names(plan.members, self.granularity if len(weights) > 1 else "model")
-        names = tuple(e.name for e in plan.members)
-        starts = {e.card.init_hash for e in plan.members}
-        means = [sum(column) / len(column) for column in zip(*weights, strict=True)]
+        card = _blended_card(self.backbone, self.task, plan.members, mixture, settings, name)
         card = replace(
-            plan.members[0].card,
-            name=name or f"{self.task.name}-pi",
-            backbone=self.backbone.hub_name,
-            fingerprint=self.backbone.fingerprint,
-            task=self.task.name,
-            init_hash=starts.pop() if len(starts) == 1 else "",
-            shots=self.task.shots,
-            seed=self.task.seed,
-            choices=self.task.choices,
+            card,
             metrics={"cross-fitted log-loss": cell.loss},
-            lineage=tuple({"name": n, "weight": w} for n, w in zip(names, means, strict=True)),
-            training={
-                "family": self.backbone.family,
-                "architecture": self.backbone.model.config.model_type,
-                "examples": len(self.task.split("train")),
-                "candidate": plan.name,
-                **settings_dict(settings),
-            },
+            training={**card.training, "candidate": plan.name},
         )
-        folded = collapse(mixture, config, card, rank)
-        by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
-        return Interpolation(folded.expert, names, by_group, self.candidates(), folded.errors)
+        found = _collapsed(mixture, config, card, plan.members, self.granularity, rank)
+        return replace(found, candidates=self.candidates())
+
+
+def blend(
+    backbone: Backbone,
+    task: Task,
+    experts: Sequence[Expert],
+    own: Expert | None = None,
+    *,
+    settings: TrainSettings,
+    train: str = "experts",
+    granularity: str = "module",
+    init: str | Sequence[float] = "uniform",
+    similarities: Sequence[float] | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    rank: int | None = None,
+    name: str | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Interpolation:
+    """One interpolation with given settings, as the paper does it: no candidates, no cross-fitting.
+
+    For tasks with much data. The own expert takes part where it is given, and α learns on the examples that it was trained
+    on, as in the paper; of a few shots it then drifts to the own expert: use :func:`interpolate` for those.
+
+    Args:
+        settings: of the run; ends with the best state on the dev split, where there is one and ``keep_best`` is set.
+        init: starting weights, as in :func:`choose`; given numbers are for ``experts``, and the own expert gets an equal
+            share beside them.
+        folder, resume, progress: as in :func:`pituning.training.trainer.fit`.
+
+    Raises:
+        as :func:`interpolate`.
+    """
+    _check(experts, own, init, "auto", similarities)
+    if rank is not None and not is_lora(experts[0]):
+        raise RefusedError(
+            f"rank={rank} applies to LoRA experts only; {experts[0].name!r} is of {experts[0].card.method!r}"
+        )
+    members = (*experts, *([own] if own is not None else []))
+    for expert in members:
+        expert.require_backbone(backbone)
+    losses = [expert_log_loss(backbone, e, task) for e in members] if init == "score" else [0.0] * len(members)
+    weights = _initial_weights(init, losses, similarities, len(task.split("train")), own=own is not None)
+    start = blend_start(backbone, members, weights, train=train, granularity=granularity, temperature=temperature)
+    mixture, config = start(None)
+    settings = settings.with_(seed=seed)
+    held_out = task.split("dev", DEV_LIMIT) if task.splits.get("dev") and task.shots is None else ()
+    result = fit(
+        backbone, mixture, config, task.split("train"), settings,
+        held_out=held_out, folder=folder, resume=resume, progress=progress,
+    )  # fmt: skip
+    card = _blended_card(backbone, task, members, mixture, settings, name)
+    if result.held_out:
+        card = replace(card, metrics={"dev log-loss": result.held_out[result.best_step]})
+    return _collapsed(mixture, config, card, members, granularity, rank)
+
+
+def _blended_card(
+    backbone: Backbone,
+    task: Task,
+    members: Sequence[Expert],
+    mixture: Mixture,
+    settings: TrainSettings,
+    name: str | None,
+) -> ExpertCard:
+    starts = {e.card.init_hash for e in members}
+    weights = mixture.weights().detach().cpu().mean(0).tolist()
+    return replace(
+        members[0].card,
+        name=name or f"{task.name}-pi",
+        backbone=backbone.hub_name,
+        fingerprint=backbone.fingerprint,
+        task=task.name,
+        init_hash=starts.pop() if len(starts) == 1 else "",
+        shots=task.shots,
+        seed=task.seed,
+        choices=task.choices,
+        metrics={},
+        lineage=tuple({"name": e.name, "weight": w} for e, w in zip(members, weights, strict=True)),
+        training={
+            "family": backbone.family,
+            "architecture": backbone.model.config.model_type,
+            "examples": len(task.split("train")),
+            **settings_dict(settings),
+        },
+    )
+
+
+def _collapsed(
+    mixture: Mixture,
+    config: Mapping[str, Any],
+    card: ExpertCard,
+    members: Sequence[Expert],
+    granularity: str,
+    rank: int | None,
+) -> Interpolation:
+    """The trained mixture as one expert, with the weights of its members by group."""
+    weights = mixture.weights().detach().cpu().tolist()
+    groups = group_names(members, granularity if len(weights) > 1 else "model")
+    folded = collapse(mixture, config, card, rank)
+    by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
+    return Interpolation(folded.expert, tuple(e.name for e in members), by_group, (), folded.errors)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ class MixtureModel(nn.Module):
             module.train(mode)
         return self
 
-    def forward(self, **batch: Any) -> Tensor:
-        """Per-example loss, shape ``[batch]``."""
-        return self.loss(batch)
+    def forward(self, label_smoothing: float = 0.0, **batch: Any) -> Tensor:
+        """Per-example loss, shape ``[batch]``; see :meth:`Backbone.loss`."""
+        return self._run("loss", batch, label_smoothing)
 
     def loss(self, batch: Batch) -> Tensor:
         """Per-example loss, shape ``[batch]``."""

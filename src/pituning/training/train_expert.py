@@ -23,7 +23,7 @@ from pituning.training.crossfit import CrossFit, Search, cross_fit, fold_example
 from pituning.training.trainer import TrainSettings, fit, settings_dict
 
 FULL_DATA = TrainSettings(learning_rate=1e-3, epochs=2, batch_size=16, schedule="linear", keep_best=True)
-_DEV_LIMIT = 400
+DEV_LIMIT = 400
 
 
 def train_expert(
@@ -62,7 +62,7 @@ def train_expert(
     if not is_folded(config):
         record["projection"] = {"projection": True, "projection_dim": config["projection_dim"]}
     metrics: dict[str, float] = {}
-    held_out = () if task.shots is not None or not task.splits.get("dev") else task.split("dev", _DEV_LIMIT)
+    held_out = () if task.shots is not None or not task.splits.get("dev") else task.split("dev", DEV_LIMIT)
     if settings is None and task.shots is not None:
         search = search or Search()
         found = cross_fit(backbone, lambda _: start_from(initial, config), examples, search, warm=False)

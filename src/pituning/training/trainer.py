@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pituning.backbones.base import Backbone
+from pituning.data.augment import Augmenter, augmenter
 from pituning.errors import DataError
 from pituning.example import Example
 from pituning.interpolation.mixture import Mixture
@@ -24,6 +25,7 @@ from pituning.methods.attach import check_tensors
 from pituning.training.module import MixtureModel, running
 
 WEIGHTS_FILE = "mixture.safetensors"
+WEIGHTS = "example_weights"  # their place in a batch
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class TrainSettings:
         steps: optimizer steps; where ``None``, ``epochs`` over the examples.
         schedule: any scheduler name of transformers; few-shot runs use a constant rate, so that a run stopped earlier
             is the same run.
+        label_smoothing: ε of the training loss, spread over the answers (or tokens) that can stand in the target's place.
+        accumulate: batches per optimizer step, so that a step sees ``batch_size · accumulate`` examples.
+        augment: change training pictures as the examples say; False takes them as they are.
         eval_every: steps between evaluations on the held-out examples, where there are any; 0 means once per epoch.
         keep_best: with held-out examples, end with the state of the lowest held-out log-loss instead of the last.
         seed: order of the examples and dropout, not the initialisation.
@@ -50,6 +55,9 @@ class TrainSettings:
     warmup: float = 0.06
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    accumulate: int = 1
+    augment: bool = True
     eval_every: int = 0
     keep_best: bool = False
     seed: int = 0
@@ -90,6 +98,8 @@ def fit(
 ) -> Fit:
     """Train a mixture in place on examples; the backbone stays as it is.
 
+    The loss is the mean over a step's examples of each one's loss times its weight.
+
     Args:
         held_out: examples on which the log-loss is measured before the first step and every ``eval_every`` steps.
         folder: where checkpoints and TensorBoard logs go; nothing is written where it is ``None``.
@@ -106,7 +116,10 @@ def fit(
         return Fit()
     with running(backbone, mixture, config) as model, tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(settings, len(examples), Path(folder) if folder else None, scratch, backbone, progress)
-        trainer = MixtureTrainer(backbone, settings, model=model, args=arguments, train_dataset=_Listed(examples))
+        collate = _Collator(backbone, settings)
+        trainer = MixtureTrainer(
+            backbone, settings, model=model, args=arguments, train_dataset=_Listed(examples), data_collator=collate
+        )
         history = _History(trainer, held_out, settings)
         trainer.add_callback(history)
         _keep_quiet(trainer, progress)
@@ -121,15 +134,20 @@ class MixtureTrainer(Trainer):
     """A `Trainer` whose model is a mixture: its checkpoints hold α, δ and the trainable φ_k, never the backbone."""
 
     def __init__(self, backbone: Backbone, settings: TrainSettings, **options: Any) -> None:
-        super().__init__(data_collator=backbone.collate, **options)
+        super().__init__(**options)
+        self.model_accepts_loss_kwargs = (
+            False  # the loss is a mean over its batch: to be divided by the batches of a step
+        )
         self.backbone = backbone
         self.settings = settings
 
     def compute_loss(
         self, model: MixtureModel, inputs: Mapping[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor:
-        """Mean of the per-example losses."""
-        loss: Tensor = model(**inputs).mean()
+        """Mean of the per-example losses, each times its example's weight."""
+        batch = {k: v for k, v in inputs.items() if k != WEIGHTS}
+        losses: Tensor = model(label_smoothing=self.settings.label_smoothing, **batch)
+        loss: Tensor = (losses * inputs[WEIGHTS].to(losses)).mean()
         return loss
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
@@ -160,9 +178,29 @@ class MixtureTrainer(Trainer):
                 parameter.copy_(saved[name])
 
 
+class _Collator:
+    """Examples to a batch of the backbone's, with the weights of their losses."""
+
+    def __init__(self, backbone: Backbone, settings: TrainSettings) -> None:
+        self.backbone, self.settings = backbone, settings
+        self._augmenters: dict[str, Augmenter | None] = {"": None}
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        weights = torch.tensor([e.weight for e in examples])
+        changed = [self._augmented(e) for e in examples] if self.settings.augment else examples
+        return {**self.backbone.collate(changed), WEIGHTS: weights}
+
+    def _augmented(self, example: Example) -> Example:
+        name = example.augmentation
+        if name not in self._augmenters:
+            self._augmenters[name] = augmenter(name, self.settings.seed)
+        augment = self._augmenters[name]
+        return example if augment is None else augment(example)
+
+
 class _Listed(Dataset[Example]):
     def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = list(examples)
+        self.examples = examples
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -226,11 +264,12 @@ def _arguments(
     settings: TrainSettings, size: int, folder: Path | None, scratch: str, backbone: Backbone, progress: bool
 ) -> TrainingArguments:
     batch_size = min(settings.batch_size, size)
-    steps = settings.steps or math.ceil(settings.epochs * math.ceil(size / batch_size))
+    steps = settings.steps or math.ceil(settings.epochs * math.ceil(size / (batch_size * settings.accumulate)))
     return TrainingArguments(
         output_dir=str(folder or scratch),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         # the first warm-up step has rate 0, so that a run of one step must have none

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,97 @@ def test_a_processor_with_more_symbols_than_the_model_is_refused() -> None:
     backbone = build_backbone()
     with pytest.raises(PituningError, match=r"78 symbols.*77"):
         OFABackbone("mixed up", build_ofa(vocab_size=len(SYMBOLS) - 1), backbone.processor)
+
+
+class TestDecoderPrompts:
+    """OFA's prompt types: the decoder reads the source before it answers."""
+
+    def prompted(self, kind: Any, count: int = 4) -> list[Example]:
+        return [replace(e, decoder_prompt=kind) for e in closed(count)]
+
+    @pytest.mark.parametrize("kind", ["source", "source_without_end"])
+    def test_scores_against_a_walk_through_the_allowed_tokens(self, kind: Any) -> None:
+        backbone = build_backbone(torch.float64)
+        example = self.prompted(kind)[3]
+        batch = backbone.collate(self.prompted(kind))
+        source = [0, *backbone.processor.encode(example.prompt)] + [2] * (kind == "source")
+        answers = [[*backbone.processor.encode(f" {c}"), 2] for c in CHOICES]
+        alone_batch = backbone.collate([example])
+        inputs = {k: alone_batch[k] for k in ("input_ids", "attention_mask", "patch_images", "patch_masks")}
+        for answer, found in zip(answers, backbone.score(batch, CHOICES)[3], strict=True):
+            total = 0.0
+            for place, token in enumerate(answer):
+                allowed = sorted({a[place] for a in answers if a[:place] == answer[:place]})
+                prefix = torch.tensor([[*source, *answer[:place]]])
+                logits = backbone.model(**inputs, decoder_input_ids=prefix).logits[0, -1]
+                total += float(logits[allowed].log_softmax(0)[allowed.index(token)])
+            assert float(found) == pytest.approx(total, rel=1e-9)
+
+    @pytest.mark.parametrize("kind", ["none", "source", "source_without_end"])
+    def test_loss_score_and_batch_agree(self, kind: Any) -> None:
+        backbone = build_backbone(torch.float64)
+        examples = self.prompted(kind)
+        batch = backbone.collate(examples)
+        truth = torch.tensor([e.label for e in examples])[:, None]
+        torch.testing.assert_close(-backbone.loss(batch), backbone.score(batch, CHOICES).gather(1, truth)[:, 0])
+        torch.testing.assert_close(backbone.loss(batch), alone(backbone, examples), rtol=1e-9, atol=0)
+
+    def test_kinds_can_be_mixed(self) -> None:
+        backbone = build_backbone(torch.float64)
+        examples = [
+            replace(e, decoder_prompt=k)
+            for e, k in zip(closed(3), ("none", "source", "source_without_end"), strict=True)
+        ]  # type: ignore[arg-type]
+        torch.testing.assert_close(
+            backbone.loss(backbone.collate(examples)), alone(backbone, examples), rtol=1e-9, atol=0
+        )
+
+    @pytest.mark.parametrize("kind", ["none", "source_without_end"])
+    def test_beam_search_over_closed_answers_finds_the_best(self, kind: Any) -> None:
+        backbone = build_backbone()
+        examples = self.prompted(kind, 6)
+        batch = backbone.collate(examples)
+        best = [CHOICES[n] for n in backbone.score(batch, CHOICES).argmax(1).tolist()]
+        assert backbone.generate(batch, choices=CHOICES, num_beams=8, normalize=False) == best
+
+    def test_the_prompt_is_no_part_of_the_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        backbone = build_backbone()
+        decoded: list[list[int]] = []
+        monkeypatch.setattr(backbone.processor, "decode", lambda ids: decoded.append(list(ids)) or "x")
+        for options in ({"num_beams": 2}, {"do_sample": True, "num_beams": 1}):
+            for kind in ("none", "source"):
+                torch.manual_seed(0)
+                backbone.generate(backbone.collate(self.prompted(kind, 1)), max_new_tokens=3, **options)
+        prompt = backbone.processor.encode(closed(1)[0].prompt)
+        assert len(decoded) == 4
+        assert all(1 <= len(ids) <= 4 and ids[: len(prompt)] != prompt for ids in decoded)
+
+    def test_prompts_of_different_lengths_are_not_sampled_together(self, message: Any) -> None:
+        backbone = build_backbone()
+        batch = backbone.collate(self.prompted("source", 3))
+        assert "draw one by one" in message(backbone.generate, batch, do_sample=True)
+
+
+def test_a_smoothed_loss_spreads_over_what_can_become_an_answer() -> None:
+    backbone = build_backbone(torch.float64)
+    example = closed(2)[1]
+    batch = backbone.collate([example])
+    answers = [[*backbone.processor.encode(f" {c}"), 2] for c in CHOICES]
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "patch_images", "patch_masks")}
+    answer, expected = answers[example.label], 0.0
+    for place, token in enumerate(answer):
+        allowed = sorted({a[place] for a in answers if a[:place] == answer[:place]})
+        prefix = torch.tensor([[0, *answer[:place]]])
+        log_p = backbone.model(**inputs, decoder_input_ids=prefix).logits[0, -1][allowed].log_softmax(0)
+        right = float(log_p[allowed.index(token)])
+        others = [float(p) for p, t in zip(log_p, allowed, strict=True) if t != token]
+        expected += -right if not others else -0.8 * right - 0.2 * sum(others) / len(others)
+    assert float(backbone.loss(batch, 0.2)[0]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_example_without_an_answer_can_be_answered_but_has_no_loss(message: Any) -> None:
+    backbone = build_backbone()
+    examples = [closed(1)[0], replace(closed(2)[1], target="")]
+    batch = backbone.collate(examples)
+    assert backbone.score(batch, CHOICES).shape == (2, 3)
+    assert "the examples [1] of the batch have no answer" in message(backbone.loss, batch)

@@ -16,8 +16,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import pituning as pt
+from pituning.backbones.loss import label_smoothed_nll
 from pituning.backbones.ofa.flags import config_from_fairseq
-from pituning.backbones.ofa.loss import label_smoothed_nll
 from pituning.errors import PituningError
 from pituning.experts import Expert, ExpertCard
 from pituning.interpolation import build_mixture, group_names

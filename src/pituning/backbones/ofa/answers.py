@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pituning.backbones.loss import label_smoothed_nll
 from pituning.backbones.ofa.configuration import OFAConfig
 from pituning.backbones.ofa.constraints import Readout, TokenTrie, allowed_mask, special_tokens
 from pituning.backbones.ofa.modeling import OFAEncoderOutput, OFAForConditionalGeneration
@@ -68,12 +69,15 @@ def target_log_probs(
     *,
     tries: Sequence[TokenTrie | None] | None = None,
     decoder_prompts: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Log-probability of each example's own target, its end included: ``[batch]``.
 
     Args:
         targets: one per example; otherwise as in :func:`score_answers`.
         tries: one per example, ``None`` where every token is allowed.
+        label_smoothing: ε of :func:`label_smoothed_nll`, spread over the tokens that a trie allows; the result is then
+            minus that loss.
 
     Raises:
         PituningError: if a target is not in its trie, or their numbers differ from the batch.
@@ -87,7 +91,7 @@ def target_log_probs(
     known = [trie for trie in tries if trie is not None]
     allowed = sorted({token for trie in set(known) for token in trie.tokens()}) if len(known) == batch else None
     pairs = [_Pair(*pair) for pair in zip(prompts, targets, tries, strict=True)]
-    return _pair_log_probs(model, encoded, pairs, Readout(model, allowed))
+    return _pair_log_probs(model, encoded, pairs, Readout(model, allowed), label_smoothing)
 
 
 class _Pair(NamedTuple):
@@ -99,7 +103,11 @@ class _Pair(NamedTuple):
 
 
 def _pair_log_probs(
-    model: OFAForConditionalGeneration, encoded: OFAEncoderOutput, pairs: Sequence[_Pair], readout: Readout
+    model: OFAForConditionalGeneration,
+    encoded: OFAEncoderOutput,
+    pairs: Sequence[_Pair],
+    readout: Readout,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """``[pairs]``; only the positions that write an answer are projected."""
     bos, _, eos = special_tokens(model.config)
@@ -119,10 +127,15 @@ def _pair_log_probs(
     written = pad_sequence([torch.tensor([bos, *p.prompt, *p.answer]) for p in pairs], batch_first=True).to(device)
     # padding stands behind everything that is read, where the causal mask hides it
     decoded = model.model.decoder(written, encoded, attention_mask=torch.ones_like(written))
-    logits = readout(decoded["last_hidden_state"][rows, places])
-    if any(p.trie is not None for p in pairs):
-        logits = logits.masked_fill(~allowed_mask(prefixes, readout), NEVER)
-    log_p = -F.cross_entropy(logits, readout.columns(targets), reduction="none")
+    logits, columns = readout(decoded["last_hidden_state"][rows, places]), readout.columns(targets)
+    allowed = allowed_mask(prefixes, readout) if any(p.trie is not None for p in pairs) else None
+    if label_smoothing:
+        shown = None if allowed is None else allowed[:, None]
+        log_p = -label_smoothed_nll(logits[:, None], columns[:, None], label_smoothing, shown)
+    else:
+        log_p = -F.cross_entropy(
+            logits if allowed is None else logits.masked_fill(~allowed, NEVER), columns, reduction="none"
+        )
     return log_p.new_zeros(len(pairs)).index_add(0, rows, log_p)
 
 

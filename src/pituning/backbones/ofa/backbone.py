@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pituning.backbones.base import Backbone, Batch, biased_modules
 from pituning.backbones.ofa.answers import score_answers, target_log_probs
@@ -17,7 +19,7 @@ from pituning.backbones.ofa.modeling import OFAEncoderOutput, OFAForConditionalG
 from pituning.backbones.ofa.processing import OFAProcessor
 from pituning.data.images import open_image
 from pituning.errors import DataError, PituningError, RefusedError
-from pituning.example import Box, Example
+from pituning.example import Box, DecoderPrompt, Example
 
 INPUTS = ("input_ids", "attention_mask", "patch_images", "patch_masks")
 BOX_SEARCH = BeamSettings(beam=5, min_len=4, max_len_b=4)  # the paper's evaluation of RefCOCO
@@ -40,6 +42,7 @@ class OFABackbone(Backbone):
     """
 
     family = "seq2seq"
+    searches_choices = True
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class OFABackbone(Backbone):
             )
         super().__init__(name, model, processor, device=device)
         self.processor = processor
+        self._closed = lru_cache(maxsize=8)(self._answer_set)  # 3,129 answers take a while to cut into tokens
 
     def adaptable(self, method: str) -> list[str]:
         """See :meth:`Backbone.adaptable`: the places of the paper's code."""
@@ -70,13 +74,14 @@ class OFABackbone(Backbone):
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         """See :meth:`Backbone.collate`.
 
-        ``choices`` holds each example's answers; ``sizes`` the width and height of its image in pixels, for boxes.
+        ``choices`` holds each example's answers; ``sizes`` the width and height of its image in pixels, for boxes;
+        ``decoder_prompts`` ``[batch, length]``, where an example has one, what the decoder reads before the answer.
 
         Raises:
             DataError: for an image that cannot be read, or a target that is not among the example's answers.
         """
         for example in examples:
-            if example.choices and example.target not in example.choices:
+            if example.choices and example.target and example.target not in example.choices:
                 raise DataError(
                     f"example {example.id!r}: its target {example.target!r} is not one of its answers: "
                     f"{', '.join(map(repr, example.choices[:8]))}"
@@ -85,6 +90,9 @@ class OFABackbone(Backbone):
         batch = self.processor(texts=[e.prompt for e in examples], images=images)
         targets = [self._target(e, None if i is None else i.size) for e, i in zip(examples, images, strict=True)]
         moved = {k: v.to(self.device) for k, v in batch.items() if k in INPUTS}
+        kinds = [e.decoder_prompt for e in examples]
+        if any(kind != "none" for kind in kinds):
+            moved["decoder_prompts"] = self._decoder_prompts(batch, kinds)
         return {
             **moved,
             "targets": targets,
@@ -92,11 +100,19 @@ class OFABackbone(Backbone):
             "sizes": [None if i is None else i.size for i in images],
         }
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """See :meth:`Backbone.loss`: −log p of the whole target, its end included."""
-        tries = {c: self._trie(c) for c in set(batch["choices"]) if c}
+        if unknown := [n for n, target in enumerate(batch["targets"]) if target is None]:
+            raise DataError(
+                f"the examples {unknown} of the batch have no answer, so there is no loss; they can be answered"
+            )
         return -target_log_probs(
-            self.model, self._encode(batch), batch["targets"], tries=[tries.get(c) for c in batch["choices"]]
+            self.model,
+            self._encode(batch),
+            batch["targets"],
+            tries=[self._closed(c)[1] if c else None for c in batch["choices"]],
+            decoder_prompts=batch.get("decoder_prompts"),
+            label_smoothing=label_smoothing,
         )
 
     def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
@@ -107,28 +123,42 @@ class OFABackbone(Backbone):
         """
         if not choices:
             raise RefusedError("there is nothing to score: these examples have no choices; use loss or generate")
-        answers = [self._answer(c) for c in choices]
-        return score_answers(self.model, self._encode(batch), answers, trie=TokenTrie(answers))
+        answers, trie = self._closed(tuple(choices))
+        prompts = batch.get("decoder_prompts")
+        return score_answers(self.model, self._encode(batch), answers, trie=trie, decoder_prompts=prompts)
 
     def generate(self, batch: Batch, **options: Any) -> list[str]:
         """See :meth:`Backbone.generate`.
 
         Args:
-            options: ``num_beams`` (default 5), ``max_new_tokens`` and the other fields of :class:`BeamSettings`; or, with
-                ``do_sample=True``, the settings of ``model.generate``.
+            options: ``num_beams`` (default 5), ``max_new_tokens`` and the other fields of :class:`BeamSettings`; ``choices``,
+                the only answers that may be written; or, with ``do_sample=True``, the settings of ``model.generate``.
 
         Raises:
             PituningError: for a setting that does not exist.
         """
+        prompts = batch.get("decoder_prompts")
+        lengths = [0] * len(batch["choices"]) if prompts is None else self._lengths(prompts)
         if options.pop("do_sample", False):
-            inputs = {k: batch[k] for k in INPUTS if k in batch}
-            drawn = self.model.generate(
-                **inputs, **{"max_new_tokens": TEXT_SEARCH.max_len_b, **options}, do_sample=True
+            rows = list(self._draw(batch, options, lengths))
+        else:
+            choices = tuple(options.pop("choices", ()))
+            renamed = {_BEAM_NAMES.get(name, name): value for name, value in options.items()}
+            settings = _changed(TEXT_SEARCH, renamed)
+            # the search counts the prompt's tokens, the caller the answer's
+            settings = replace(
+                settings,
+                max_len_b=settings.max_len_b + max(lengths),
+                min_len=settings.min_len + min(lengths) if settings.min_len else 0,
             )
-            return [self.processor.decode(row.tolist()) for row in drawn]
-        renamed = {_BEAM_NAMES.get(name, name): value for name, value in options.items()}
-        found = beam_search(self.model, self._encode(batch), _changed(TEXT_SEARCH, renamed))
-        return [self.processor.decode(hypotheses[0].tokens.tolist()) for hypotheses in found]
+            answers, trie = self._closed(choices) if choices else ([], None)
+            found = beam_search(self.model, self._encode(batch), settings, trie=trie, decoder_prompts=prompts)
+            rows = [hypotheses[0].tokens for hypotheses in found]
+            if choices:
+                known = dict(zip(map(tuple, answers), choices, strict=True))
+                return [known[tuple(row[length:-1].tolist())] for row, length in zip(rows, lengths, strict=True)]
+        texts = [self.processor.decode(row[length:].tolist()) for row, length in zip(rows, lengths, strict=True)]
+        return [text.strip() for text in texts]
 
     def locate(self, batch: Batch, **options: Any) -> list[Box | None]:
         """See :meth:`Backbone.locate`: four location tokens by beam search, as a box in the image's own pixels."""
@@ -144,18 +174,47 @@ class OFABackbone(Backbone):
         output: OFAEncoderOutput = self.model.get_encoder()(**{k: batch[k] for k in INPUTS if k in batch})
         return output
 
+    def _draw(self, batch: Batch, options: Mapping[str, Any], lengths: Sequence[int]) -> Tensor:
+        """Sampled sequences behind their prompts, without the start token."""
+        inputs = {k: batch[k] for k in INPUTS if k in batch}
+        if any(lengths):
+            if len(set(lengths)) > 1:
+                raise RefusedError(
+                    "answers are drawn together only for decoder prompts of equal length: draw one by one"
+                )
+            start = batch["decoder_prompts"].new_full((len(lengths), 1), self.processor.bos_id)
+            inputs["decoder_input_ids"] = torch.cat([start, batch["decoder_prompts"]], dim=1)
+        settings = {"max_new_tokens": TEXT_SEARCH.max_len_b, **options}
+        drawn: Tensor = self.model.generate(**inputs, **settings, do_sample=True)
+        return drawn[:, 1:]
+
+    def _decoder_prompts(self, batch: Mapping[str, Tensor], kinds: Sequence[DecoderPrompt]) -> Tensor:
+        sources = [
+            ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        prompts = [self.processor.decoder_prompt(s, kind)[1:] for s, kind in zip(sources, kinds, strict=True)]
+        rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+        return pad_sequence(rows, batch_first=True, padding_value=self.processor.pad_id).to(self.device)
+
+    def _lengths(self, prompts: Tensor) -> list[int]:
+        lengths: list[int] = (prompts != self.processor.pad_id).sum(1).tolist()
+        return lengths
+
     def _answer(self, text: str) -> list[int]:
         return self.processor.encode(text if text.startswith(" ") else f" {text}")
 
-    def _target(self, example: Example, size: tuple[int, int] | None) -> list[int]:
+    def _target(self, example: Example, size: tuple[int, int] | None) -> list[int] | None:
         if example.box is None:
-            return self._answer(example.target)
+            if example.choices:
+                return self._answer(example.target) if example.target else None
+            return self.processor.encode(example.before_target + example.target.lstrip()) if example.target else None
         if size is None:
             raise RefusedError(f"example {example.id!r} has a box but no image")
         return self.processor.encode_box(example.box, size)
 
-    def _trie(self, choices: Sequence[str]) -> TokenTrie:
-        return TokenTrie([self._answer(c) for c in choices])
+    def _answer_set(self, choices: tuple[str, ...]) -> tuple[list[list[int]], TokenTrie]:
+        answers = [self._answer(c) for c in choices]
+        return answers, TokenTrie(answers)
 
 
 def _changed(settings: BeamSettings, options: Mapping[str, Any]) -> BeamSettings:

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 
+from pituning.backbones.loss import IGNORED
 from pituning.backbones.ofa.configuration import OFAConfig
 from pituning.backbones.ofa.decoder import OFADecoder
 from pituning.backbones.ofa.encoder import OFAEncoder, OFAEncoderOutput
@@ -28,8 +29,6 @@ __all__ = [
     "OFAPreTrainedModel",
     "new_cache",
 ]
-
-IGNORED = -100  # label of positions that do not count, transformers' own value
 
 
 class OFAModel(OFAPreTrainedModel):

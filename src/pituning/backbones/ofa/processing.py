@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pituning.backbones.loss import IGNORED
 from pituning.backbones.ofa.boxes import Numbers, bins_to_boxes, boxes_to_bins, resize_ratios
 from pituning.backbones.ofa.images import normalise, resize
 from pituning.backbones.ofa.settings import ProcessorSettings
@@ -27,13 +28,9 @@ from pituning.backbones.ofa.vocabulary import (
 from pituning.data.cleaning import clean_answer, clean_caption, clean_question, clean_sentence
 from pituning.data.images import open_image
 from pituning.errors import DataError
-from pituning.example import Box, ImageSource
+from pituning.example import Box, DecoderPrompt, ImageSource
 
-IGNORED = -100  # label of positions that are not to be learned; transformers' own value
 SETTINGS_FILE = "preprocessor_config.json"
-
-DecoderPrompt = Literal["none", "source", "source_without_end"]
-"""What the decoder reads before its answer: the start symbol; or the whole source, with or without its end symbol."""
 
 
 class OFAProcessor:

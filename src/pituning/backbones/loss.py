@@ -1,11 +1,11 @@
-"""The loss OFA is trained with: cross-entropy with label smoothing, over all tokens or over the allowed ones."""
+"""The loss that generative models are trained with: cross-entropy with label smoothing, over all tokens or the allowed ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pituning.backbones.ofa.modeling import IGNORED
+IGNORED = -100  # label of positions that do not count, transformers' own value
 
 
 def label_smoothed_nll(logits: Tensor, labels: Tensor, epsilon: float = 0.0, allowed: Tensor | None = None) -> Tensor:

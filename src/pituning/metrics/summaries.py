@@ -1,0 +1,40 @@
+"""Metrics of summaries: ROUGE; the package `rouge-score` computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from pituning.errors import DataError, MissingDependencyError
+
+
+def rouge(kind: str, truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
+    """Mean F1 of shared n-grams (``rouge1``, ``rouge2``) or of the longest common subsequence (``rougeL``), 0 to 1.
+
+    Of several references the best counts. Words are lower-cased runs of letters and digits, not stemmed.
+
+    Source: Lin, "ROUGE", ACL 2004 workshop.
+
+    Raises:
+        DataError: if there are no examples.
+        MissingDependencyError: without the package.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise MissingDependencyError("ROUGE needs the package rouge-score: pip install 'pituning[metrics]'") from error
+    if not truth:
+        raise DataError("ROUGE needs at least one example")
+    scorer = RougeScorer([kind])
+    scores = [
+        max(scorer.score(reference, answer)[kind].fmeasure for reference in references)
+        for references, answer in zip(truth, found, strict=True)
+    ]
+    return float(sum(scores) / len(scores))
+
+
+METRICS: Mapping[str, Callable[[Sequence[Sequence[str]], Sequence[str]], float]] = {
+    "ROUGE-1": partial(rouge, "rouge1"),
+    "ROUGE-2": partial(rouge, "rouge2"),
+    "ROUGE-L": partial(rouge, "rougeL"),
+}
