@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from pituning.backbones.base import Backbone, Batch
+from pituning.backbones.loss import label_smoothed_nll
 from pituning.backbones.ofa.configuration import OFAConfig
 from pituning.backbones.ofa.generation import BeamSettings, beam_search
-from pituning.backbones.loss import label_smoothed_nll
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.example import Example
 from pituning.experts import Expert, ExpertCard

@@ -1,7 +1,8 @@
 """Big TSV files by index: a file of 100 GB is opened in an instant, and any cell is read without its neighbours.
 
 OFA keeps its data as TSV without header and quoting, one column of which is a base64 picture. The first opening writes an
-index beside the file: where every cell ends. Data and index are memory-mapped, so that worker processes share them.
+index beside the file: where every cell ends. The index is memory-mapped and a cell is one read of its own bytes, so that
+worker processes share what the system has cached, and none of them grows with the file.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import base64
 import binascii
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,7 +80,7 @@ class TsvFile:
             DataError: for a column that is not there.
         """
         start, end = self._span(row, column)
-        return self._data[start:end]
+        return self._read(start, end)
 
     def cell(self, row: int, column: int) -> str:
         """The text of a cell.
@@ -116,14 +118,19 @@ class TsvFile:
             raise DataError(f"{self.path} has {self.column_count} columns, counted from 0: there is no column {column}")
         index = row * self.column_count + column
         start, end = int(self._flat[index - 1]) + 1 if index else 0, int(self._flat[index])
-        if column == self.column_count - 1 and end > start and self._data[end - 1] == 13:
+        if column == self.column_count - 1 and end > start and self._read(end - 1, end) == b"\r":
             end -= 1  # a line that ends as on Windows
         return start, end
 
+    def _read(self, start: int, end: int) -> bytes:
+        # not memory-mapped: every page that was ever touched would count as the process's own memory
+        return os.pread(self._descriptor.fileno(), end - start, start)
+
     @cached_property
-    def _data(self) -> mmap.mmap:
-        with self.path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _descriptor(self) -> FileIO:
+        file = FileIO(self.path)
+        weakref.finalize(self, file.close)
+        return file
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -197,7 +204,7 @@ def _made(path: Path, folder: Path, unfinished: Path, progress: Progress | None)
 
 def _write_ends(path: Path, file: BinaryIO, out: BinaryIO, size: int, progress: Progress | None) -> tuple[int, int]:
     """Write where every cell ends, as int64, row by row; returns the numbers of rows and of columns."""
-    rows = columns = 0
+    rows = columns = begin = 0
     ends, newlines = np.zeros(0, np.int64), np.zeros(0, np.bool_)  # of the row that is not complete yet
     for more_ends, more_newlines, done in _separators(file, size):
         ends, newlines = np.concatenate([ends, more_ends]), np.concatenate([newlines, more_newlines])
@@ -208,11 +215,15 @@ def _write_ends(path: Path, file: BinaryIO, out: BinaryIO, size: int, progress: 
         wrong = np.flatnonzero(breaks != columns * np.arange(1, len(breaks) + 1) - 1)
         if len(wrong):
             first = int(wrong[0])
-            found = int(breaks[first]) - (int(breaks[first - 1]) if first else -1)
-            raise DataError(_wrong_row(path, rows + first + 1, columns, found, file, ends, breaks, first))
+            before = int(breaks[first - 1]) if first else -1
+            found, start = int(breaks[first]) - before, int(ends[before]) + 1 if first else begin
+            file.seek(start)
+            beginning = file.read(min(int(ends[breaks[first]]) - start, 2))
+            raise DataError(_wrong_row(path, rows + first + 1, columns, found, beginning))
         complete = int(breaks[-1]) + 1
         ends[:complete].tofile(out)
         rows += len(breaks)
+        begin = int(ends[complete - 1]) + 1
         ends, newlines = ends[complete:], newlines[complete:]
         if progress is not None:
             progress(done, size)
@@ -235,25 +246,12 @@ def _separators(file: BinaryIO, size: int) -> Iterator[tuple[NDArray[np.int64], 
         yield np.array([start], np.int64), np.array([True]), start
 
 
-def _wrong_row(
-    path: Path,
-    line: int,
-    expected: int,
-    found: int,
-    file: BinaryIO,
-    ends: NDArray[np.int64],
-    breaks: NDArray[np.intp],
-    first: int,
-) -> str:
-    """What to say of the first row with another number of cells than the first."""
-    if found == 1:
-        start = int(ends[breaks[first - 1]]) + 1 if first else None
-        end = int(ends[breaks[first]])
-        if start is not None:
-            file.seek(start)
-            if not file.read(min(end - start, 2)).strip():
-                return f"{path}:{line}: the line is blank; expected {expected} columns as in the first line"
-    return f"{path}:{line}: expected {expected} columns as in the first line, found {found}"
+def _wrong_row(path: Path, line: int, expected: int, found: int, first_bytes: bytes) -> str:
+    """What to say of the first row with another number of cells than the first row."""
+    place = f"{path}:{line}"
+    if found == 1 and not first_bytes.strip():
+        return f"{place}: the line is blank; expected {expected} columns as in the first line"
+    return f"{place}: expected {expected} columns as in the first line, found {found}"
 
 
 def _state(path: Path) -> dict[str, int]:
@@ -282,7 +280,7 @@ def _remove_abandoned(folder: Path) -> None:
         ours = host == socket.gethostname() and number.isdigit()
         with suppress(OSError):
             dead = not _is_alive(int(number)) if ours else time.time() - left.stat().st_mtime > _ABANDONED
-            if dead or (ours and int(number) == os.getpid()):
+            if dead:
                 shutil.rmtree(left, ignore_errors=True)
 
 

@@ -1,0 +1,149 @@
+"""How fast a big TSV is indexed, opened and read by index.
+
+    python benchmarks/tsv.py --folder /tmp/tsv --gigabytes 20
+
+writes a file like RefCOCO's (id, picture id, text, box, 40 kB of base64) of that size into the folder, measures, prints a
+table (``--json``: one document), and deletes the file (``--keep``: leaves it). Opening is measured in a fresh process: the
+library is imported first, the clock covers opening alone, and the peak is that of the whole process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pituning.data.tsv import TsvFile
+
+PICTURES = 256  # different pictures; the file repeats them
+PICTURE_BYTES = 30_000
+
+OPEN = """
+import json, random, resource, sys, time
+from pituning.data.tsv import TsvFile
+path, rows = sys.argv[1], int(sys.argv[2])
+start = time.perf_counter(); file = TsvFile(path); opened = time.perf_counter() - start
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+after_opening = peak()
+chosen = random.Random(0).choices(range(len(file)), k=rows)
+start = time.perf_counter()
+for row in chosen: file.cells(row, (0, 2, 3))
+text = time.perf_counter() - start
+after_text = peak()
+start = time.perf_counter()
+for row in chosen[: rows // 4]: file.image(row, 4)
+picture = time.perf_counter() - start
+print(json.dumps({"rows": len(file), "open_s": opened, "open_peak_mb": after_opening, "text_rows_per_s": rows / text,
+                  "text_peak_mb": after_text, "picture_rows_per_s": (rows // 4) / picture}))
+"""
+INDEX = "import sys; from pituning.data.tsv import TsvFile; print(len(TsvFile(sys.argv[1])))"
+
+
+def write(path: Path, size: int) -> int:
+    """Write rows until the file has the size; returns their number."""
+    rng = random.Random(0)
+    pictures = [base64.urlsafe_b64encode(rng.randbytes(PICTURE_BYTES)) for _ in range(PICTURES)]
+    rows = written = 0
+    with path.open("wb", buffering=1 << 24) as file:
+        while written < size:
+            text = b"%d\t%d\tthe thing number %d\t%d.5,2.25,60.0,80.75\t" % (rows, rows // 3, rows * 7919, rows % 50)
+            written += file.write(text) + file.write(pictures[rows % PICTURES]) + file.write(b"\n")
+            rows += 1
+    return rows
+
+
+def forget(path: Path) -> None:
+    """Ask the system to drop the file from its cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def index_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.index")
+
+
+def indexed(path: Path) -> float:
+    """Seconds to index the file from nothing."""
+    for file in index_of(path).glob("*") if index_of(path).exists() else ():
+        file.unlink()
+    start = time.perf_counter()
+    TsvFile(path)
+    return time.perf_counter() - start
+
+
+def killed(path: Path, rows: int) -> bool:
+    """Kill an indexing run in the middle, then start again: is the index right, and nothing left over?"""
+    for file in index_of(path).glob("*"):
+        file.unlink()
+    index_of(path).rmdir()
+    process = subprocess.Popen([sys.executable, "-c", INDEX, str(path)], stdout=subprocess.DEVNULL)
+    while not any(p.stat().st_size for p in path.parent.glob("*.partial/*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    unfinished = not index_of(path).exists()
+    right = len(TsvFile(path)) == rows
+    return unfinished and right and sorted(p.name for p in path.parent.iterdir()) == [path.name, index_of(path).name]
+
+
+def measure(folder: Path, gigabytes: float, reads: int) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "synthetic.tsv"
+    start = time.perf_counter()
+    rows = write(path, int(gigabytes * 1e9))
+    result: dict[str, Any] = {
+        "rows": rows,
+        "gigabytes": path.stat().st_size / 1e9,
+        "write_s": time.perf_counter() - start,
+    }
+    megabytes = path.stat().st_size / 1e6
+    forget(path)
+    start = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 24):
+            pass
+    result["plain_read_mb_per_s"] = megabytes / (time.perf_counter() - start)
+    forget(path)
+    seconds = indexed(path)
+    result |= {"index_mb_per_s": megabytes / seconds, "index_s": seconds}
+    result["index_again_mb_per_s"] = megabytes / indexed(path)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, str(path), str(reads)], capture_output=True, text=True, check=True
+    )
+    result |= json.loads(done.stdout)
+    result["killed_and_clean"] = killed(path, rows)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--gigabytes", type=float, default=20.0)
+    parser.add_argument("--reads", type=int, default=20_000)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--keep", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        result = measure(arguments.folder, arguments.gigabytes, arguments.reads)
+    finally:
+        if not arguments.keep:
+            for path in (arguments.folder / "synthetic.tsv", *index_of(arguments.folder / "synthetic.tsv").glob("*")):
+                path.unlink(missing_ok=True)
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+        return
+    for name, value in result.items():
+        print(f"{name:<22} {value:,.3f}" if isinstance(value, float) else f"{name:<22} {value:,}")
+
+
+if __name__ == "__main__":
+    main()
