@@ -1,0 +1,307 @@
+#!/usr/bin/env python3
+"""Build small data sets in exactly the files that OFA's users have on disk: RefCOCO, VQA and SNLI-VE.
+
+Usage::
+
+    python scripts/build_paper_formats.py ../shared/data /tmp/formats
+    pituning train refcoco --data /tmp/formats/target --backbone …
+
+It writes ``target/refcoco_data/refcoco_{train,val,testA,testB}.tsv``, ``target/vqa_data/…`` and ``target/snli_ve_data/…``, and
+``pretrain/`` with other training rows of the same kinds, so that a tiny model can learn to see before an expert is trained. No
+scene, drawing, picture or sentence is in two files. The same seed writes the same files.
+
+- RefCOCO: scenes of CoDraw (Kim et al., ACL 2019; CC BY-NC 4.0; clip art of Abstract Scenes, Zitnick and Parikh, CVPR
+  2013), the name of a thing that is there once, and its box. testA asks for people, testB for the rest, as RefCOCO's do.
+- VQA: drawings and questions of easy-VQA (MIT).
+- SNLI-VE: drawings and human sentences of NLVR (Suhr et al., ACL 2017; CC BY 4.0), as many true as false; the premise says
+  what is in the boxes. The pretraining rows also hold statements made from the drawings.
+
+The data stay outside the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import gzip
+import io
+import json
+import pickle
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from build_grounding_data import COLOURS, REPOSITORY, SIDES, things
+
+SCENE = (250, 200)  # pixels of a stored scene, half of CoDraw's canvas
+SCALES = (1.0, 0.7, 0.49)  # of a sprite, by its depth
+PEOPLE = {"hb0": "the boy", "hb1": "the girl"}
+NAMES = {
+    "s_0s": "the helicopter", "s_1s": "the hot air balloon", "s_2s": "the cloud", "s_3s": "the sun", "s_4s": "the lightning",
+    "s_5s": "the rain", "s_6s": "the rocket", "s_7s": "the plane", "p_0s": "the bee", "p_1s": "the slide",
+    "p_2s": "the sandbox", "p_3s": "the grill", "p_4s": "the swings", "p_5s": "the tent", "p_6s": "the table",
+    "p_7s": "the pine tree",
+    "p_8s": "the leafy tree", "p_9s": "the apple tree", "a_0s": "the bear", "a_1s": "the cat", "a_2s": "the dog",
+    "a_3s": "the duck", "a_4s": "the owl", "a_5s": "the snake", "t_1s": "the bucket", "t_2s": "the beach ball",
+    "t_14s": "the fire",
+}  # fmt: skip
+VISIBLE = 0.7  # share of a sprite that must be on the canvas to be asked for
+WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+
+Row = Sequence[str]
+Box = tuple[float, float, float, float]
+
+
+class Sprites:
+    """CoDraw's clip art, each picture read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.background = Image.open(folder / "background.png").convert("RGB").resize(SCENE)
+        self._known: dict[tuple[str, int, bool], Image.Image] = {}
+
+    def get(self, name: str, depth: int, flipped: bool) -> Image.Image:
+        if (name, depth, flipped) not in self._known:
+            image = Image.open(self.folder / name).convert("RGBA")
+            factor = SCALES[depth] * SCENE[0] / 500
+            image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
+            self._known[name, depth, flipped] = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
+        return self._known[name, depth, flipped]
+
+
+def draw(scene: str, sprites: Sprites) -> tuple[Image.Image, dict[str, Box]]:
+    """A scene's picture, and the box of every thing in it that has a name, is there once, and is well in sight."""
+    fields = scene.strip(",").split(",")
+    things_of = [fields[1 + 8 * n : 9 + 8 * n] for n in range(int(fields[0]))]
+    canvas = sprites.background.copy()
+    boxes: dict[str, Box] = {}
+    names = Counter(map(_name, (t[0] for t in things_of)))
+    for png, _, _, _, x, y, depth, flip in sorted(things_of, key=lambda t: -int(t[6])):
+        sprite = sprites.get(png, int(depth), flip == "1")
+        left = round(float(x) / 2 - sprite.width / 2)
+        top = round(float(y) / 2 - sprite.height / 2)
+        canvas.paste(sprite, (left, top), sprite)
+        visible = sprite.getchannel("A").point(lambda a: 255 * (a > 40)).getbbox()
+        name = _name(png)
+        if visible is None or name is None or names[name] > 1:
+            continue
+        whole = left + visible[0], top + visible[1], left + visible[2], top + visible[3]
+        box = max(whole[0], 0), max(whole[1], 0), min(whole[2], SCENE[0]), min(whole[3], SCENE[1])
+        if _area(box) >= VISIBLE * _area(whole):
+            boxes[name] = tuple(map(float, box))  # type: ignore[assignment]
+    return canvas, boxes
+
+
+def grounding_rows(folder: Path, counts: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
+    """Rows for each split; testA asks for people and testB for anything else."""
+    with gzip.open(folder / "codraw.jsonl.gz", "rt", encoding="utf-8") as file:
+        scenes = [json.loads(line) for line in file]
+    scenes = list({scene["scene"]: scene for scene in scenes}.values())
+    random.Random(f"codraw/{seed}").shuffle(scenes)
+    waiting, sprites = iter(scenes), Sprites(folder / "Pngs")
+    found: dict[str, list[Row]] = {}
+    for split, count in counts.items():
+        rows: list[Row] = []
+        while len(rows) < count:
+            scene = next(waiting, None)
+            if scene is None:
+                raise ValueError(f"only {len(rows)} scenes are left for {count} rows of {split}: ask for fewer")
+            image, boxes = draw(scene["scene"], sprites)
+            names = [n for n in boxes if split[:4] != "test" or (n in PEOPLE.values()) == (split == "testA")]
+            if names:
+                name = random.Random(f"{scene['id']}/{seed}").choice(sorted(names))
+                box = ",".join(str(c) for c in boxes[name])
+                rows.append((str(len(rows)), str(scene["id"]), name, box, _encoded(image)))
+        found[split] = rows
+    return found
+
+
+def vqa_rows(folder: Path, counts: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
+    """Rows for each split; the test pictures are easy-VQA's own, all others share no picture either."""
+    arrays = np.load(folder / "data.npz")
+    found: dict[str, list[Row]] = {}
+    questions = {}
+    for part in ("train", "test"):
+        with gzip.open(folder / f"{part}_questions.json.gz", "rt", encoding="utf-8") as file:
+            by_picture = defaultdict(list)
+            for text, answer, number in json.load(file):
+                by_picture[number].append((text, answer))
+            questions[part] = by_picture
+    waiting = {part: sorted(q) for part, q in questions.items()}
+    for part, numbers in waiting.items():
+        random.Random(f"easy_vqa/{part}/{seed}").shuffle(numbers)
+    for split, count in counts.items():
+        part, rows = "test" if split == "test" else "train", list[Row]()
+        while len(rows) < count:
+            if not waiting[part]:
+                raise ValueError(f"only {len(rows)} questions are left for {count} rows of {split}: ask for fewer")
+            number = waiting[part].pop()
+            picture = _encoded(Image.fromarray(arrays[f"{part}_images"][number]))
+            for text, answer in random.Random(f"{number}/{seed}").sample(
+                asked := questions[part][number], min(3, len(asked))
+            ):
+                rows.append((str(len(rows)), str(number), text, f"1.0|!+{answer}", "", picture))
+        found[split] = rows[:count]
+    return found
+
+
+def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, seed: int) -> dict[str, list[Row]]:
+    """Rows for each split, as many true as false; ``pretrain`` has so many statements made from its drawings besides."""
+    with gzip.open(folder / "examples.json.gz", "rt", encoding="utf-8") as file:
+        records = json.load(file)
+    pixels = np.load(folder / "data.npz")["images"]
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["sentence"].strip().lower()].append(record)
+    waiting = sorted(groups)
+    random.Random(f"nlvr/{seed}").shuffle(waiting)
+    found: dict[str, list[Row]] = {}
+    for split, count in counts.items():
+        by_label: dict[str, list[Any]] = {"true": [], "false": []}
+        while min(map(len, by_label.values())) < count // 2:
+            if not waiting:
+                raise ValueError(f"too few sentences are left for {count} rows of {split}: ask for fewer")
+            for record in groups[waiting.pop()]:
+                by_label[record["label"]].append(record)
+        chosen = [r for pair in zip(by_label["true"], by_label["false"], strict=False) for r in pair][:count]
+        rows = [_entailment(r, r["sentence"], r["label"] == "true", pixels) for r in chosen]
+        if split == "pretrain":
+            rng = random.Random(f"statements/{seed}")
+            drawn = [r for records in by_label.values() for r in records]
+            for number in range(statements):
+                record, truth = drawn[number % len(drawn)], bool(number % 2)
+                rows.append(_entailment(record, statement(record, truth, rng), truth, pixels))
+        found[split] = [(str(n), *row) for n, row in enumerate(rows)]
+    return found
+
+
+def statement(record: Mapping[str, Any], truth: bool, rng: random.Random) -> str:
+    """A sentence about how many things of a colour and shape are in a drawing or in one of its boxes."""
+    shown = things(record["rep"], record["perm"])
+    while True:
+        colour, shape = rng.choice([*COLOURS.values(), ""]), rng.choice(["circle", "square", "triangle", "object"])
+        side = rng.choice([*SIDES, ""])
+        count = sum(
+            (not colour or t.colour == colour) and shape in (t.shape, "object") and (not side or t.side == side)
+            for t in shown
+        )
+        place = f" in the {side} box" if side else ""
+        if rng.random() < 0.5:
+            if (count > 0) == truth:
+                return f"there is a {colour} {shape}{place}".replace("  ", " ")
+        else:
+            said = count if truth else rng.choice([n for n in range(5) if n != count])
+            if said < len(WORDS):
+                return f"there are {WORDS[said]} {colour} {shape}s{place}".replace("  ", " ")
+
+
+def premise(record: Mapping[str, Any]) -> str:
+    """What is in each box, in words."""
+    shown = things(record["rep"], record["perm"])
+    parts = []
+    for side in SIDES:
+        counts = Counter((t.colour, t.shape) for t in shown if t.side == side)
+        inside = " and ".join(f"{WORDS[min(n, 8)]} {c} {s}" for (c, s), n in sorted(counts.items())) or "nothing"
+        parts.append(f"the {side} box has {inside}")
+    return " . ".join(parts)
+
+
+def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, seed: int = 0) -> list[Path]:
+    """Write all files and return their paths.
+
+    Raises:
+        ValueError: if there is too little data, or the output lies in the repository.
+    """
+    if output.resolve().is_relative_to(REPOSITORY):
+        raise ValueError(
+            f"{output} is in the repository, and the data may not be: choose a folder outside {REPOSITORY}"
+        )
+    small = max(2, test // 2)
+    written = []
+    tables = {
+        "refcoco": grounding_rows(
+            source / "codraw",
+            {"pretrain": train, "train": train // 2, "val": small, "testA": small, "testB": small},
+            seed,
+        ),
+        "vqa": vqa_rows(source / "easy_vqa", {"pretrain": 2 * train, "train": train, "val": small, "test": test}, seed),
+        "snli_ve": entailment_rows(
+            source / "nlvr", {"pretrain": train // 2, "train": train // 3, "dev": small, "test": test}, 3 * train, seed
+        ),
+    }
+    for task, splits in tables.items():
+        for split, rows in splits.items():
+            part = "pretrain" if split == "pretrain" else "target"
+            path = output / part / f"{task}_data" / f"{task}_{'train' if split == 'pretrain' else split}.tsv"
+            written.append(_write(path, rows))
+        answers = {a.split("|!+")[1] for rows in splits.values() for *_, a, _, _ in rows} if task == "vqa" else set()
+        for part in ("pretrain", "target") if answers else ():
+            path = output / part / "vqa_data" / "trainval_ans2label.pkl"
+            path.write_bytes(pickle.dumps({answer: n for n, answer in enumerate(sorted(answers))}))
+            written.append(path)
+    return written
+
+
+def _entailment(record: Mapping[str, Any], sentence: str, truth: bool, pixels: NDArray[np.uint8]) -> Row:
+    """Everything but the first column."""
+    label = "entailment" if truth else "contradiction"
+    picture = _encoded(Image.fromarray(pixels[record["i"]]))
+    return str(record["i"]), picture, " ".join(sentence.split()), premise(record), label
+
+
+def _write(path: Path, rows: Iterable[Row]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _name(png: str) -> str | None:
+    return PEOPLE.get(png.split("_")[0]) or NAMES.get(png.removesuffix(".png"))
+
+
+def _area(box: Sequence[float]) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def _encoded(image: Image.Image) -> str:
+    held = io.BytesIO()
+    image.save(held, "PNG")
+    return base64.urlsafe_b64encode(held.getvalue()).decode()
+
+
+def rows_of(path: Path) -> Iterator[list[str]]:
+    """The rows of a file, read plainly."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield line.rstrip("\n").split("\t")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="the folder with codraw, easy_vqa and nlvr")
+    parser.add_argument("output", type=Path, help="where to write, outside the repository")
+    parser.add_argument("--train", type=int, default=3000, help="sets the size of the training files (default 3000)")
+    parser.add_argument("--test", type=int, default=1000, help="rows of the larger test files (default 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        written = build(
+            arguments.source, arguments.output, train=arguments.train, test=arguments.test, seed=arguments.seed
+        )
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(*written, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
