@@ -29,7 +29,7 @@ _EXPORTS = {
     "embed_task": "pituning.similarity",
     "rank_experts": "pituning.similarity",
     "interpolate": "pituning.training.interpolate",
-    "blend": "pituning.training.interpolate",
+    "blend": "pituning.training.blend",
     "evaluate": "pituning.training.evaluation",
     "predict": "pituning.training.evaluation",
     "zero_shot": "pituning.similarity.zero_shot",
@@ -54,10 +54,10 @@ if TYPE_CHECKING:
     from pituning.tasks import task_from_datasets as task_from_datasets
     from pituning.tasks import task_from_files as task_from_files
     from pituning.tasks import task_from_records as task_from_records
+    from pituning.training.blend import blend as blend
     from pituning.training.crossfit import Search as Search
     from pituning.training.evaluation import evaluate as evaluate
     from pituning.training.evaluation import predict as predict
-    from pituning.training.interpolate import blend as blend
     from pituning.training.interpolate import interpolate as interpolate
     from pituning.training.train_expert import train_expert as train_expert
     from pituning.training.trainer import TrainSettings as TrainSettings

@@ -18,8 +18,9 @@ from pituning.interpolation import TRAIN_MODES
 from pituning.methods import attached
 from pituning.tasks import Task
 from pituning.training import interpolate as module
+from pituning.training.blend import Interpolation
 from pituning.training.crossfit import CrossFit, Search
-from pituning.training.interpolate import Interpolation, interpolate
+from pituning.training.interpolate import interpolate
 from pituning.training.train_expert import train_expert
 from pituning.training.trainer import TrainSettings
 

@@ -16,7 +16,7 @@ from pituning.cli.verb import verb
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from pituning.training.interpolate import Interpolation
+    from pituning.training.blend import Interpolation
 
 TrainMode = Literal["experts", "shared", "weights", "none"]
 Granularity = Literal["model", "layer", "attention", "module", "tensor"]

@@ -19,8 +19,10 @@ from pituning.interpolation.build import build_mixture
 from pituning.interpolation.collapse import collapse
 from pituning.similarity.select import Ranking, rank_experts
 from pituning.tasks.task import Task
+from pituning.training.blend import Interpolation
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit
-from pituning.training.interpolate import Interpolation, blend_start, choose
+from pituning.training.interpolate import choose
+from pituning.training.starts import blend_start
 from pituning.training.train_expert import fold_experts, train_expert
 from pituning.training.trainer import fit
 

@@ -20,8 +20,9 @@ from pituning.similarity.embedding import pool_embedding
 from pituning.similarity.select import rank_experts
 from pituning.similarity.zero_shot import zero_shot
 from pituning.tasks.task import Task, load_task
+from pituning.training.blend import blend
 from pituning.training.evaluation import evaluate
-from pituning.training.interpolate import blend, interpolate
+from pituning.training.interpolate import interpolate
 from pituning.training.precision import precision
 from pituning.training.train_expert import train_expert
 

@@ -1,0 +1,176 @@
+"""`blend`: one interpolation with given settings, as the paper does it; and what any interpolation ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pituning.backbones.base import Backbone
+from pituning.errors import RefusedError
+from pituning.experts.expert import Expert, ExpertCard
+from pituning.interpolation.build import group_names, is_lora
+from pituning.interpolation.collapse import collapse
+from pituning.interpolation.mixture import Mixture
+from pituning.tasks.task import Task
+from pituning.training.starts import blend_start, expert_log_loss, initial_weights, require_consistent
+from pituning.training.train_expert import DEV_LIMIT
+from pituning.training.trainer import TrainSettings, fit, settings_dict
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to use the experts, and what cross-fitting says of it.
+
+    Attributes:
+        weights: initial weight of each member.
+        loss: mean held-out log-loss of its best cell, in nats.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    weights: tuple[float, ...]
+    loss: float
+    learning_rate: float
+    steps: int
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """The outcome of :func:`interpolate`.
+
+    Attributes:
+        expert: the one expert to keep, an ordinary PEFT adapter.
+        experts: names of the blended experts.
+        weights: group → learned weight of each of them.
+        candidates: every candidate that was compared; exactly one is chosen.
+        errors: per module, relative error of the fold into ``expert`` (0 unless a smaller rank was asked for).
+    """
+
+    expert: Expert
+    experts: tuple[str, ...]
+    weights: Mapping[str, tuple[float, ...]]
+    candidates: tuple[Candidate, ...]
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def mean_weights(self) -> dict[str, float]:
+        """Weight of each expert, averaged over the groups."""
+        columns = zip(*self.weights.values(), strict=True)
+        return {n: sum(c) / len(c) for n, c in zip(self.experts, columns, strict=True)}
+
+    def __str__(self) -> str:
+        rows = [f"interpolation for {self.expert.card.task}"]
+        rows += [
+            f"  {'→' if c.chosen else ' '} {c.name}: cross-fitted log-loss {c.loss:.4f} "
+            f"(rate {c.learning_rate:g}, {c.steps} steps)"
+            for c in self.candidates
+        ]
+        rows += [f"  weight of {name}: {weight:.3f}" for name, weight in self.mean_weights().items()]
+        return "\n".join(rows)
+
+
+def blend(
+    backbone: Backbone,
+    task: Task,
+    experts: Sequence[Expert],
+    own: Expert | None = None,
+    *,
+    settings: TrainSettings,
+    train: str = "experts",
+    granularity: str = "module",
+    init: str | Sequence[float] = "uniform",
+    similarities: Sequence[float] | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    rank: int | None = None,
+    name: str | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Interpolation:
+    """One interpolation with given settings, as the paper does it: no candidates, no cross-fitting.
+
+    For tasks with much data. The own expert takes part where it is given, and α learns on the examples that it was trained
+    on, as in the paper; of a few shots it then drifts to the own expert: use :func:`interpolate` for those.
+
+    Args:
+        settings: of the run; ends with the best state on the dev split, where there is one and ``keep_best`` is set.
+        init: starting weights, as in :func:`choose`; given numbers are for ``experts``, and the own expert gets an equal
+            share beside them.
+        folder, resume, progress: as in :func:`pituning.training.trainer.fit`.
+
+    Raises:
+        as :func:`interpolate`.
+    """
+    require_consistent(experts, own, init, "auto", similarities)
+    if rank is not None and not is_lora(experts[0]):
+        raise RefusedError(
+            f"rank={rank} applies to LoRA experts only; {experts[0].name!r} is of {experts[0].card.method!r}"
+        )
+    members = (*experts, *([own] if own is not None else []))
+    for expert in members:
+        expert.require_backbone(backbone)
+    losses = [expert_log_loss(backbone, e, task) for e in members] if init == "score" else [0.0] * len(members)
+    weights = initial_weights(init, losses, similarities, len(task.split("train")), own=own is not None)
+    start = blend_start(backbone, members, weights, train=train, granularity=granularity, temperature=temperature)
+    mixture, config = start(None)
+    settings = settings.with_(seed=seed)
+    held_out = task.split("dev", DEV_LIMIT) if task.splits.get("dev") and task.shots is None else ()
+    result = fit(
+        backbone, mixture, config, task.split("train"), settings,
+        held_out=held_out, folder=folder, resume=resume, progress=progress,
+    )  # fmt: skip
+    card = blended_card(backbone, task, members, mixture, settings, name)
+    if result.held_out:
+        card = replace(card, metrics={"dev log-loss": result.held_out[result.best_step]})
+    return collapsed(mixture, config, card, members, granularity, rank)
+
+
+def blended_card(
+    backbone: Backbone,
+    task: Task,
+    members: Sequence[Expert],
+    mixture: Mixture,
+    settings: TrainSettings,
+    name: str | None,
+) -> ExpertCard:
+    """The card of a blend, without its metrics."""
+    starts = {e.card.init_hash for e in members}
+    weights = mixture.weights().detach().cpu().mean(0).tolist()
+    return replace(
+        members[0].card,
+        name=name or f"{task.name}-pi",
+        backbone=backbone.hub_name,
+        fingerprint=backbone.fingerprint,
+        task=task.name,
+        init_hash=starts.pop() if len(starts) == 1 else "",
+        shots=task.shots,
+        seed=task.seed,
+        choices=task.choices,
+        metrics={},
+        lineage=tuple({"name": e.name, "weight": w} for e, w in zip(members, weights, strict=True)),
+        training={
+            "family": backbone.family,
+            "architecture": backbone.model.config.model_type,
+            "examples": len(task.split("train")),
+            **settings_dict(settings),
+        },
+    )
+
+
+def collapsed(
+    mixture: Mixture,
+    config: Mapping[str, Any],
+    card: ExpertCard,
+    members: Sequence[Expert],
+    granularity: str,
+    rank: int | None,
+) -> Interpolation:
+    """The trained mixture as one expert, with the weights of its members by group."""
+    weights = mixture.weights().detach().cpu().tolist()
+    groups = group_names(members, granularity if len(weights) > 1 else "model")
+    folded = collapse(mixture, config, card, rank)
+    by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
+    return Interpolation(folded.expert, tuple(e.name for e in members), by_group, (), folded.errors)

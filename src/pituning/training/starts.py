@@ -1,0 +1,128 @@
+"""Where an interpolation begins: its experts, their starting weights, and what of them is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pituning.backbones.base import Backbone
+from pituning.errors import PituningError, RefusedError
+from pituning.experts.expert import Expert
+from pituning.interpolation.build import build_mixture, is_lora
+from pituning.interpolation.mixture import Mixture
+from pituning.methods.attach import attached, config_dict, initial_tensors
+from pituning.methods.presets import make_config
+from pituning.tasks.task import Task
+from pituning.training.crossfit import Start
+from pituning.training.evaluation import mean_log_loss
+
+INITS = ("uniform", "similarity", "score")
+INCLUDE_OWN = ("auto", True, False)
+
+
+def blend_start(
+    backbone: Backbone,
+    experts: Sequence[Expert],
+    weights: Sequence[float],
+    own: Mapping[int | None, Expert] | None = None,
+    *,
+    train: str = "shared",
+    granularity: str = "module",
+    temperature: float = 1.0,
+) -> Start:
+    """A start for :func:`cross_fit`: the experts, and the own one trained without the fold, at the given weights."""
+    initial = _delta_factors(backbone, experts) if train == "shared" and is_lora(experts[0]) else None
+
+    def begin(fold: int | None) -> tuple[Mixture, Mapping[str, Any]]:
+        return build_mixture(
+            [*experts, own[fold]] if own else experts,
+            list(weights),
+            granularity=granularity,
+            train=train,
+            temperature=temperature,
+            train_weights=own is None,
+            initial=initial,
+        )
+
+    return begin
+
+
+def kept_start(own: Mapping[int | None, Expert]) -> Start:
+    """A start for :func:`cross_fit` that trains nothing: the own expert as it is."""
+    return lambda fold: build_mixture([own[fold]], train="none", granularity="model")
+
+
+def _delta_factors(backbone: Backbone, experts: Sequence[Expert]) -> dict[str, Tensor]:
+    """Fresh factors for δ, at the rank of the method's preset, on all modules that any of the experts adapts."""
+    modules = {k.split(".lora_")[0].removeprefix("base_model.model.") for e in experts for k in e.tensors}
+    return initial_tensors(backbone, config_dict(make_config("lora", backbone, target_modules=sorted(modules))))
+
+
+def require_consistent(
+    experts: Sequence[Expert],
+    own: Expert | None,
+    init: str | Sequence[float],
+    include_own: bool | str,
+    similarities: Sequence[float] | None,
+) -> None:
+    """Raise unless the arguments of an interpolation fit together.
+
+    Raises:
+        RefusedError: if there are no experts.
+        PituningError: for arguments that contradict each other.
+    """
+    if not experts:
+        raise RefusedError("an interpolation needs at least one expert besides the target's own")
+    if include_own not in INCLUDE_OWN:
+        raise PituningError(f"include_own must be True, False or 'auto', not {include_own!r}")
+    if include_own is True and own is None:
+        raise PituningError("include_own=True needs the target's own expert: pass own=…")
+    if isinstance(init, str):
+        if init not in INITS:
+            raise PituningError(f"init must be one of {', '.join(INITS)} or {len(experts)} numbers, not {init!r}")
+        if init == "similarity" and (similarities is None or len(similarities) != len(experts)):
+            raise PituningError(
+                f"init='similarity' needs similarities=…, one number for each of the {len(experts)} experts"
+            )
+    elif len(init) != len(experts):
+        raise PituningError(f"init has {len(init)} weights for {len(experts)} experts")
+
+
+def initial_weights(
+    init: str | Sequence[float],
+    losses: Sequence[float],
+    similarities: Sequence[float] | None,
+    examples: int,
+    own: bool = False,
+) -> list[float]:
+    """Starting weights; where own takes part beside given or similarity weights, it gets an equal share."""
+    if init == "score":
+        return score_weights(losses, examples)
+    if init == "uniform":
+        return [1 / len(losses)] * len(losses)
+    if isinstance(init, str):
+        others: list[float] = torch.softmax(torch.tensor(similarities, dtype=torch.float64), 0).tolist()
+    else:
+        others = [float(w) for w in init]
+    share = 1 / len(losses) if own else 0.0
+    return [w * (1 - share) for w in others] + ([share] if own else [])
+
+
+def score_weights(losses: Sequence[float], examples: int, sharpness: float = 0.25) -> list[float]:
+    """w_k ∝ exp(−sharpness · N · loss_k): how well each expert explains the N shots, tempered.
+
+    With sharpness 1 this is the posterior of K equally likely models given N independent examples; experts are correlated
+    and their log-losses noisy, so less than the full evidence is counted.
+    """
+    evidence = -sharpness * examples * torch.tensor(losses, dtype=torch.float64)
+    weights: list[float] = torch.softmax(evidence, 0).tolist()
+    return weights
+
+
+def expert_log_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
+    """Mean log-loss of an expert, as it is, on the target's training examples."""
+    with attached(backbone, expert.config, expert.tensors):
+        return mean_log_loss(backbone, task.split("train"))
