@@ -3,9 +3,9 @@
     python scripts/build_paper_formats.py ../shared/data /tmp/formats
     python benchmarks/paper_formats.py --data /tmp/formats --work /tmp/formats-run
 
-A model of a few million parameters is trained from nothing on the rows in ``pretrain/`` (all of its parameters; kept in the work
-folder), so that it can see; it is then frozen. Everything after that goes through the command line: an expert for each task
-on the rows in ``target/``, and the evaluation of the bare model and of the expert on rows that neither has seen.
+A model of two million parameters is trained from nothing on the rows in ``pretrain/`` (all of its parameters; kept in the
+work folder), so that it can see; it is then frozen. Everything after that goes through the command line: an expert for
+each task on the rows in ``target/``, and the evaluation of the bare model and of the expert on rows that neither has seen.
 
 Chance is what can be had without looking at the picture: the best box of all training boxes and the mean box of each
 expression; the most frequent answer; one half.
@@ -34,7 +34,7 @@ from pituning.metrics.boxes import intersection_over_union
 from pituning.tasks import Task, load_task
 
 TASKS = ("refcoco", "vqa", "snli_ve", "snli_ve-premise")
-SIDE, BINS, PIECES = 96, 100, 600
+SIDE, BINS, PIECES = 96, 40, 600
 SIZES: dict[str, Any] = {
     "d_model": 128, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "resnet_layers": [1, 1, 1], "resnet_stem_width": 32,
@@ -77,7 +77,7 @@ def pretrain(data: Path, folder: Path, steps: int) -> None:
         f"{sum(p.numel() for p in weights) / 1e6:.2f}M parameters, {len(processor.tokenizer.bpe.get_vocab())} symbols",
         flush=True,
     )
-    shares = {"refcoco": 16, "vqa": 12, "snli_ve": 10, "snli_ve-premise": 10}
+    shares = {"refcoco": 24, "vqa": 8, "snli_ve": 6, "snli_ve-premise": 6}  # of a step's examples
     streams = [(shares[task.name], _shuffled(task)) for task in tasks]
     seen, start = defaultdict(list), time.perf_counter()
     for step in range(1, steps + 1):
@@ -188,7 +188,8 @@ def main() -> None:
     rows = measure(arguments.data / "target", arguments.work)
     (arguments.work / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(
-        f"\n{'task':<17}{'split':<7}{'n':>5} {'metric':<13}{'chance':>7}{'bare':>7}{'expert':>7}{'±':>6}   log-loss bare → expert"
+        f"\n{'task':<17}{'split':<7}{'n':>5} {'metric':<13}{'chance':>7}{'bare':>7}{'expert':>7}{'±':>6}"
+        "   log-loss bare → expert"
     )
     for r in rows:
         figures = "".join(f"{100 * r[k]:>7.1f}" for k in ("chance", "bare", "expert")) + f"{100 * r['±']:>6.1f}"

@@ -101,7 +101,7 @@ def draw(scene: str, sprites: Sprites) -> tuple[Image.Image, dict[str, Box]]:
 
 
 def grounding_rows(folder: Path, counts: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
-    """Rows for each split; testA asks for people and testB for anything else."""
+    """Rows for each split; testA asks for people and testB for anything else. Only ``pretrain`` asks twice about a scene."""
     with gzip.open(folder / "codraw.jsonl.gz", "rt", encoding="utf-8") as file:
         scenes = [json.loads(line) for line in file]
     scenes = list({scene["scene"]: scene for scene in scenes}.values())
@@ -115,18 +115,19 @@ def grounding_rows(folder: Path, counts: Mapping[str, int], seed: int) -> dict[s
             if scene is None:
                 raise ValueError(f"only {len(rows)} scenes are left for {count} rows of {split}: ask for fewer")
             image, boxes = draw(scene["scene"], sprites)
-            names = [n for n in boxes if split[:4] != "test" or (n in PEOPLE.values()) == (split == "testA")]
-            if names:
-                name = random.Random(f"{scene['id']}/{seed}").choice(sorted(names))
+            names = [n for n in sorted(boxes) if split[:4] != "test" or (n in PEOPLE.values()) == (split == "testA")]
+            random.Random(f"{scene['id']}/{seed}").shuffle(names)
+            for name in names if split == "pretrain" else names[:1]:
                 box = ",".join(str(c) for c in boxes[name])
                 rows.append((str(len(rows)), str(scene["id"]), name, box, _encoded(image)))
-        found[split] = rows
+        found[split] = rows[:count]
     return found
 
 
 def vqa_rows(folder: Path, counts: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
     """Rows for each split; the test pictures are easy-VQA's own, all others share no picture either."""
-    arrays = np.load(folder / "data.npz")
+    with np.load(folder / "data.npz") as arrays:
+        pixels = {part: arrays[f"{part}_images"] for part in ("train", "test")}
     found: dict[str, list[Row]] = {}
     questions = {}
     for part in ("train", "test"):
@@ -144,7 +145,7 @@ def vqa_rows(folder: Path, counts: Mapping[str, int], seed: int) -> dict[str, li
             if not waiting[part]:
                 raise ValueError(f"only {len(rows)} questions are left for {count} rows of {split}: ask for fewer")
             number = waiting[part].pop()
-            picture = _encoded(Image.fromarray(arrays[f"{part}_images"][number]))
+            picture = _encoded(Image.fromarray(pixels[part][number]))
             for text, answer in random.Random(f"{number}/{seed}").sample(
                 asked := questions[part][number], min(3, len(asked))
             ):
@@ -229,7 +230,7 @@ def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, se
     tables = {
         "refcoco": grounding_rows(
             source / "codraw",
-            {"pretrain": train, "train": train // 2, "val": small, "testA": small, "testB": small},
+            {"pretrain": 4 * train, "train": train // 2, "val": small, "testA": small, "testB": small},
             seed,
         ),
         "vqa": vqa_rows(source / "easy_vqa", {"pretrain": 2 * train, "train": train, "val": small, "test": test}, seed),

@@ -80,8 +80,11 @@ def test_train_evaluate_and_blend_from_ofas_files(data: Path, tmp_path: Path) ->
     for task, split, metric in (
         ("refcoco", "testA", "acc@0.5"), ("vqa", "dev", "vqa-accuracy"), ("snli_ve-premise", "test", "accuracy"),
     ):  # fmt: skip
-        trained = run_json("train", task, *shared, "--steps", 2, "--method", "bottleneck")
+        how = ["--steps", 2, "--method", "bottleneck", "--batch-size", 3, "--accumulate", 2, "--label-smoothing", 0.1]
+        trained = run_json("train", task, *shared, *how)
         assert trained["task"] == task
+        said = {k: trained["training"][k] for k in ("steps", "batch_size", "accumulate", "label_smoothing")}
+        assert said == {"steps": 2, "batch_size": 3, "accumulate": 2, "label_smoothing": 0.1}
         found = run_json("eval", task, task, *shared, "--split", split)
         assert (found["metric"], found["examples"], set(found["metrics"])) == (metric, 5, {metric, "log-loss"})
         assert 0 <= found["metrics"][metric] <= 1

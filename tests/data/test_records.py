@@ -100,6 +100,11 @@ class TestDatasets:
         records = self.records(captions=[["a", "b c"]], number=[3])
         assert (records.text(0, "captions"), records.text(0, "number")) == ("a&&b c", "3")
 
+    def test_answers_of_vqav2(self) -> None:
+        said = [{"answer": "red", "answer_confidence": "yes", "answer_id": n} for n in range(9)]
+        records = self.records(answers=[[*said, {"answer": "pink", "answer_confidence": "no", "answer_id": 9}]])
+        assert records.text(0, "answers") == "&&".join(["red"] * 9 + ["pink"])
+
     def test_an_empty_cell_is_named(self) -> None:
         with pytest.raises(DataError, match=r"d\[1\] \(text\) is empty"):
             self.records(text=["a", None]).text(1, "text")

@@ -105,6 +105,15 @@ class TestNamedTasks:
             assert len(task.split("test")) == 1
         assert task.more_metrics == ("F1",)
 
+    def test_a_folder_of_another_data_set_is_not_taken_for_the_tasks(self, tmp_path: Path) -> None:
+        folder = tmp_path / "food-101"
+        (folder / "pie").mkdir(parents=True)
+        (folder / "pie" / "1.jpg").write_bytes(picture("red"))
+        (folder / "split_zhou_Food101.json").write_text(json.dumps({"train": [["pie/1.jpg", 0, "pie"]]}))
+        assert load_task("food101", data=folder).choices == ("pie",)
+        with pytest.raises(DataError, match="there is no folder"):
+            load_task("dtd", data=folder)
+
     def test_what_is_missing_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "refcoco_data").mkdir()
         with pytest.raises(DataError, match=r"holds none of refcoco_train\.tsv, refcoco_val\.tsv"):

@@ -82,6 +82,12 @@ class TestVQA:
     def test_a_plain_answer_is_certain(self) -> None:
         assert confidences(" red ", "here") == (("red", 1.0),)
 
+    def test_what_ten_annotators_said_is_weighed(self) -> None:
+        said = "&&".join(["Two"] * 3 + ["3"] * 2 + ["many"] + ["the 4"] * 4)
+        found = example(VQA(), **{**self.row, "answer": said})
+        assert dict(found.answers) == pytest.approx({"2": 0.9, "3": 0.6, "many": 0.3, "4": 1.0})
+        assert (found.target, found.weight) == ("4", 1.0)
+
 
 class TestVisualEntailment:
     row: ClassVar[dict[str, str]] = {

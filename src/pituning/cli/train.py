@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,6 +48,23 @@ def train(
             metavar="RATE", min=0.0, help="Learning rate; not found by cross-fitting then.", rich_help_panel=_TRAINING
         ),
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Examples read at a time.", rich_help_panel=_TRAINING)
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Batches per optimizer step.", rich_help_panel=_TRAINING),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            min=0.0,
+            max=0.99,
+            help="Spread over the answers that are allowed.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     log_dir: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="For checkpoints and TensorBoard logs.", rich_help_panel=_TRAINING),
@@ -57,7 +75,7 @@ def train(
 ) -> None:
     """Train an expert for a task and save it into the pool: a small adapter on a backbone that stays frozen.
 
-    With --shots, learning rate and steps are found by cross-fitting on the shots, unless you give them.
+    With --shots, learning rate and steps are found by cross-fitting on the shots, unless you say how to train.
 
     Example: pituning train sst2 --shots 16 --seed 0
 
@@ -76,7 +94,13 @@ def train(
         backbone = model.load()
         make_config(method, backbone)
         folder = saving.destination(pool, default, task=task, method=method, blended=False)
-    settings = _settings(target, steps, epochs, learning_rate)
+    changes = {
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "label_smoothing": label_smoothing,
+    }
+    settings = _settings(target, steps, epochs, {name: value for name, value in changes.items() if value is not None})
     if resume and log_dir is not None and not any(log_dir.glob("checkpoint-*")):
         output.note(f"no checkpoint in {log_dir}: starting from the beginning")
     searching = settings is None and target.shots is not None
@@ -104,16 +128,15 @@ def train(
     )
 
 
-def _settings(task: Task, steps: int | None, epochs: float | None, learning_rate: float | None) -> TrainSettings | None:
+def _settings(task: Task, steps: int | None, epochs: float | None, changes: Mapping[str, Any]) -> TrainSettings | None:
     """The usual settings with what was asked for; ``None`` where nothing was."""
     from pituning.training.crossfit import Search
     from pituning.training.train_expert import FULL_DATA
 
-    if steps is None and epochs is None and learning_rate is None:
+    if steps is None and epochs is None and not changes:
         return None
     settings = FULL_DATA if task.shots is None else Search().settings(FULL_DATA.learning_rate, Search().steps)
-    if learning_rate is not None:
-        settings = settings.with_(learning_rate=learning_rate)
+    settings = settings.with_(**changes)
     if epochs is not None:
         settings = settings.with_(steps=None, epochs=epochs)
     return settings if steps is None else settings.with_(steps=steps)

@@ -166,8 +166,8 @@ class DatasetRecords(Records):
         value, feature = self._value(row, column), self._plain.features[self.names[column]]
         if isinstance(feature, datasets.ClassLabel):
             return "" if value == -1 else str(feature.int2str(value))
-        if isinstance(value, list):
-            return JOINT.join(map(str, value))
+        if isinstance(value, list):  # VQAv2 keeps an annotator's answer with how sure they were
+            return JOINT.join(str(v["answer"]) if isinstance(v, dict) and "answer" in v else str(v) for v in value)
         return str(value)
 
     def image(self, row: int, column: str) -> ImageSource:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from pituning.data.cleaning import clean_answer
-from pituning.data.records import Records
+from pituning.data.records import JOINT, Records
 from pituning.errors import DataError
 from pituning.example import Example
 from pituning.tasks.kind import Kind
@@ -33,7 +33,7 @@ class Captioning(Kind):
 
     def example(self, records: Records, row: int, identifier: str) -> Example:
         """See :meth:`Kind.example`."""
-        written = records.text(row, "caption").split("&&")
+        written = records.text(row, "caption").split(JOINT)
         captions = [cleaned for c in written if (cleaned := clean_answer(c))]
         if any(c.strip() for c in written) and not captions:
             raise DataError(f"{records.place(row, 'caption')}: nothing is left of the caption without its punctuation")

@@ -90,7 +90,7 @@ class PaperTask:
             for stems in self.stems.values()
             for stem in stems
             for suffix in SUFFIXES
-        ) or (isinstance(self.kind, ImageClassification) and _coop_file(folder) is not None)
+        ) or (isinstance(self.kind, ImageClassification) and folder.resolve().name in self.folders)
 
     def _records(self, folder: Path) -> dict[str, Records]:
         found: dict[str, Records] = {}

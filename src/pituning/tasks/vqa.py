@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from pituning.data.cleaning import clean_question
-from pituning.data.records import Records
+from pituning.data.records import JOINT, Records
 from pituning.errors import DataError
 from pituning.example import Example
+from pituning.metrics.vqa import soft_answers
 from pituning.tasks.kind import Kind, PromptType, decoder_prompt, filled
 
 MAX_WORDS = 80
@@ -79,15 +80,20 @@ def vqa_prompt(question: str, objects: str = "") -> str:
     """
     asked = clean_question(question, MAX_WORDS)
     prompt = f" {asked}" if asked.endswith("?") else f" {asked}?"
-    names = " ".join(objects.strip().split("&&")[:MAX_OBJECTS]).strip()
+    names = " ".join(objects.strip().split(JOINT)[:MAX_OBJECTS]).strip()
     return f"{prompt} object: {names}" if names else prompt
 
 
 def confidences(text: str, place: str) -> tuple[tuple[str, float], ...]:
-    """Answers and their confidence, as OFA writes them; a text without ``|!+`` is one certain answer.
+    """Answers and their confidence, as OFA writes them.
+
+    Several answers without ``|!+`` are what the annotators said, as VQAv2 has them: :func:`soft_answers` weighs them. One
+    such answer is certain.
 
     >>> confidences("0.6|!+red&&1.0|!+red and white", "a.tsv:1")
     (('red', 0.6), ('red and white', 1.0))
+    >>> confidences("&&".join(["red"] * 9 + ["pink"]), "a.tsv:1")
+    (('red', 1.0), ('pink', 0.3))
 
     Raises:
         DataError: names the place of a confidence that is no number of 0 to 1, or of an answer that is empty.
@@ -95,9 +101,10 @@ def confidences(text: str, place: str) -> tuple[tuple[str, float], ...]:
     if not text.strip():
         return ()
     if "|!+" not in text:
-        return ((text.strip(), 1.0),)
+        said = text.split(JOINT)
+        return tuple(soft_answers(said).items()) if len(said) > 1 else ((text.strip(), 1.0),)
     found = []
-    for part in text.split("&&"):
+    for part in text.split(JOINT):
         confidence, mark, answer = part.partition("|!+")
         try:
             value = float(confidence)
