@@ -110,6 +110,10 @@ class TestNamedTasks:
         (folder / "pie").mkdir(parents=True)
         (folder / "pie" / "1.jpg").write_bytes(picture("red"))
         (folder / "split_zhou_Food101.json").write_text(json.dumps({"train": [["pie/1.jpg", 0, "pie"]]}))
+        write(tmp_path / "RTE" / "dev.tsv", [["0", "a", "b", "entailment"]])
+        assert load_task("glue-rte", data=tmp_path).split("test")
+        with pytest.raises(DataError, match="there is no folder"):
+            load_task("glue-qnli", data=tmp_path / "RTE")
         assert load_task("food101", data=folder).choices == ("pie",)
         with pytest.raises(DataError, match="there is no folder"):
             load_task("dtd", data=folder)

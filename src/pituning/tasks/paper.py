@@ -29,6 +29,7 @@ from pituning.tasks.summarisation import Summarisation
 from pituning.tasks.task import Task
 from pituning.tasks.vqa import VQA
 
+VQA_ANSWERS = ("trainval_ans2label.pkl", "answers.txt")
 SUFFIXES = (".tsv", ".csv", ".jsonl", PARQUET)
 
 KINDS: Mapping[str, Callable[..., Kind]] = {
@@ -56,7 +57,8 @@ class PaperTask:
     Attributes:
         kind: how a row becomes an example.
         folders: where its files may lie in a folder of data sets.
-        stems: split → beginnings of file names, the first that is there counts; ``{split}.tsv`` is always tried.
+        stems: split → beginnings of file names that no other task has; the first that is there counts.
+        plain: split → beginnings that count only in a folder of the task's own, beside the split's name.
         answers: files that hold the closed answer set; where there is none, it is what occurs in the training rows.
         hub: path and configuration in the `datasets` hub, with the splits' names there.
     """
@@ -65,6 +67,7 @@ class PaperTask:
     kind: Kind
     folders: tuple[str, ...]
     stems: Mapping[str, tuple[str, ...]]
+    plain: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     answers: tuple[str, ...] = ()
     hub: tuple[str, str | None] | None = None
     hub_splits: Mapping[str, str] = field(default_factory=dict)
@@ -95,7 +98,11 @@ class PaperTask:
     def _records(self, folder: Path) -> dict[str, Records]:
         found: dict[str, Records] = {}
         for split, stems in self.stems.items():
-            paths = [folder / f"{stem}{suffix}" for stem in (*stems, split) for suffix in SUFFIXES]
+            paths = [
+                folder / f"{stem}{suffix}"
+                for stem in (*stems, *self.plain.get(split, ()), split)
+                for suffix in SUFFIXES
+            ]
             if path := next((p for p in paths if p.is_file()), None):
                 found[split] = records_from_file(path, self.kind)
         if found or not isinstance(self.kind, ImageClassification):
@@ -202,16 +209,16 @@ def _glue(name: str, folder: str, kind: Kind, dev: str = "dev", hub_dev: str = "
         f"glue-{name}",
         kind,
         (f"glue-{name}", "glue_data", folder, name),
-        {"train": (f"{name}_train",), "test": (f"{name}_{dev}", dev, f"{name}_dev", "dev")},
+        {"train": (f"{name}_train",), "test": (f"{name}_{dev}", f"{name}_dev")},
+        {"test": (dev, "dev")},
         hub=("nyu-mll/glue", name),
         hub_splits={"train": "train", "test": hub_dev},
     )
 
 
 def _images(name: str, *folders: str) -> PaperTask:
-    return PaperTask(
-        name, ImageClassification(), (name, f"{name}_data", *folders), _stems(name, "test"), ("classes.txt",)
-    )
+    where = (name, f"{name}_data", *folders)
+    return PaperTask(name, ImageClassification(), where, _stems(name, "test"), answers=("classes.txt",))
 
 
 TASKS = (
@@ -225,13 +232,13 @@ TASKS = (
         ("snli_ve-premise", "snli_ve", "snli_ve_data"),
         _stems("snli_ve", "test", dev="dev"),
     ),
-    PaperTask("vqa", VQA(), ("vqa", "vqa_data"), _stems("vqa", "test"), ("trainval_ans2label.pkl", "answers.txt")),
+    PaperTask("vqa", VQA(), ("vqa", "vqa_data"), _stems("vqa", "test"), answers=VQA_ANSWERS),
     PaperTask(
         "vqa-objects",
         VQA(objects=True),
         ("vqa-objects", "vqa", "vqa_data"),
         _stems("vqa", "test"),
-        ("trainval_ans2label.pkl", "answers.txt"),
+        answers=VQA_ANSWERS,
     ),
     PaperTask(
         "caption",
@@ -245,7 +252,7 @@ TASKS = (
         ImageClassification(),
         ("imagenet", "imagenet_1k_data"),
         {"train": ("imagenet_1k_train",), "test": ("imagenet_1k_val",)},
-        ("class2label_new.pkl", "classes.txt"),
+        answers=("class2label_new.pkl", "classes.txt"),
     ),
     _images("food101", "food-101"),
     _images("caltech101", "caltech-101"),

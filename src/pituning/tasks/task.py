@@ -276,7 +276,8 @@ def _find_folder(definition: Definition, data: str | Path | None) -> Path | None
     if data is not None:
         if found := _folder_in(definition, Path(data)):
             return found
-        raise DataError(f"task {name!r}: there is no folder {Path(data) / name}")
+        tried = " or ".join(str(Path(data) / folder) for folder in definition.folders)
+        raise DataError(f"task {name!r}: there is no folder {tried}")
     places = [Path("../shared/data/text"), packaged_data()]
     if os.environ.get(DATA_VARIABLE):
         places.insert(0, Path(os.environ[DATA_VARIABLE]))
