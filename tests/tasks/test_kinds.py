@@ -71,13 +71,21 @@ class TestVQA:
             ("x|!+red", "a confidence of 0 to 1"),
             ("0.5|!+", "'0.5|!+'"),
             ("0.5|!+red&&blue", "'blue'"),
-            ("1.0|!+teal", "none of 'teal' is in the answer set of 1"),
         ],
     )
     def test_a_wrong_answer_is_named(self, answer: str, said: str) -> None:
         message = refused(VQA(("red",)), **{**self.row, "answer": answer})
         assert said in message
         assert "(answer)" in message
+
+    def test_a_question_whose_answers_may_not_be_given_has_nothing_to_learn(self) -> None:
+        found = example(VQA(("red",)), **{**self.row, "answer": "1.0|!+teal"})
+        assert (found.target, found.answers) == ("", (("teal", 1.0),))
+
+    def test_a_shot_is_one_question(self) -> None:
+        rows = [{**self.row, "answer": a} for a in ("1.0|!+red", "1.0|!+teal", "1.0|!+blue", "1.0|!+red")]
+        task = VQA(("red", "blue")).task("t", {"train": records(*rows)}).few_shot(3)
+        assert sorted(e.id for e in task.split("train")) == ["t/train/0", "t/train/2", "t/train/3"]
 
     def test_a_plain_answer_is_certain(self) -> None:
         assert confidences(" red ", "here") == (("red", 1.0),)

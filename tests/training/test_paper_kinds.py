@@ -83,6 +83,14 @@ def test_vqa_counts_the_confidence_of_the_answer(tmp_path: Path) -> None:
     found = evaluate(backbone, None, task)
     worth = {0: 0.3, 1: 0.6, 2: 0.0}
     assert found.value == pytest.approx(sum(worth[int(p or 0)] for p in found.predictions) / 6)
+    outside = TableRecords([*records.rows, ("r:6", {**rows[0], "answer": "1.0|!+teal"})], tmp_path)
+    more = VQA(("no", "yes", "maybe")).task("mine", {"train": records, "test": outside})
+    for by in ("score", "beam"):
+        counted = evaluate(backbone, None, more, by=by)  # type: ignore[arg-type]
+        assert counted.value == pytest.approx(found.value * 6 / 7), (
+            "a question that cannot be answered counts as missed"
+        )
+        assert counted.metrics["log-loss"] == pytest.approx(found.metrics["log-loss"], rel=1e-5)
 
 
 def test_what_has_no_answer_is_not_evaluated(bert: Backbone) -> None:

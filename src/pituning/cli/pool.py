@@ -86,7 +86,7 @@ def show(
 
 
 def _shots(card: ExpertCard) -> str:
-    return f"{card.shots} per class" if card.choices else f"{card.shots} examples"
+    return f"{card.shots} per class" if card.shots_per_class else f"{card.shots} examples"
 
 
 @pool_app.command("verify")

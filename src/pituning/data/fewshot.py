@@ -13,7 +13,7 @@ from pituning.example import Example
 def draw_shots(examples: Sequence[Example], shots: int, seed: int) -> tuple[Example, ...]:
     """Draw ``shots`` examples per class; for the same seed 4 shots are among the 16, and those among the 64.
 
-    For tasks without choices a shot is one example. The draw does not depend on the order of ``examples``, only on their ids.
+    For tasks without classes a shot is one example. The draw does not depend on the order of ``examples``, only on their ids.
 
     Raises:
         DataError: if a class (or a task without choices) has fewer examples than shots.
@@ -21,6 +21,8 @@ def draw_shots(examples: Sequence[Example], shots: int, seed: int) -> tuple[Exam
     if shots < 1:
         raise DataError(f"shots must be at least 1, not {shots}")
     drawn = []
+    if examples and not any(example.target for example in examples):
+        raise DataError("none of the examples has an answer, so there are no labelled examples to draw")
     for name, members in sorted(_by_class(examples).items()):
         if len(members) < shots and not name:
             raise DataError(f"{shots} shots asked for, but there are only {len(members)} examples")
@@ -57,8 +59,13 @@ def stratified_folds(examples: Sequence[Example], folds: int, seed: int) -> list
 
 
 def _by_class(examples: Sequence[Example]) -> dict[str, list[tuple[str, int]]]:
-    """Class → id and position of its examples: the examples themselves may be too many to keep."""
+    """Class → id and position of its examples: the examples themselves may be too many to keep.
+
+    Open-ended examples have no class, and neither have questions whose answers are right to a degree (VQA); those without an
+    answer that may be given are left out.
+    """
     classes: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for index, example in enumerate(examples):
-        classes[example.target if example.choices else ""].append((example.id, index))
+        if example.target:
+            classes[example.target if example.choices and not example.answers else ""].append((example.id, index))
     return classes

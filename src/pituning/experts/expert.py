@@ -56,6 +56,14 @@ class ExpertCard:
     training: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
 
+    @property
+    def shots_per_class(self) -> bool:
+        """Whether a shot is one example of every answer; of VQA it is one question, though its answers are closed."""
+        if self.shots is None or not self.choices:
+            return False
+        expected = self.shots * len(self.choices)
+        return bool(self.training.get("examples", expected) == expected)
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -296,7 +304,7 @@ def _model_card(expert: Expert) -> str:
         f"# {card.name}",
         "",
         f"A `{card.method}` expert ({card.parameters:,} parameters) for the task `{card.task}`"
-        + (f", from {card.shots} labelled examples{' per class' * bool(card.choices)}." if card.shots else "."),
+        + (f", from {card.shots} labelled examples{' per class' * card.shots_per_class}." if card.shots else "."),
         "",
         "```python",
         "from peft import PeftModel",

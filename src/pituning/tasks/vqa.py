@@ -22,7 +22,8 @@ class VQA(Kind):
     """Questions about pictures, as in OFA's ``vqa_gen``.
 
     The answer to be learned is the one with the highest confidence, which is also the example's weight in training (OFA's
-    training file has one row for each answer of a question). The metric gives every answer its confidence.
+    training file has one row for each answer of a question). The metric gives every answer its confidence. A question none of
+    whose answers may be given has no target: it counts as missed in an evaluation, and there is nothing to learn from it.
 
     Attributes:
         answer_set: the answers that may be given (OFA's ``trainval_ans2label.pkl`` has 3,129); empty: any text.
@@ -53,11 +54,6 @@ class VQA(Kind):
         question = filled(records, row, "question")
         answers = confidences(records.text(row, "answer"), records.place(row, "answer"))
         target, weight = best_answer(answers, self.answer_set)
-        if answers and not target:
-            raise DataError(
-                f"{records.place(row, 'answer')}: none of {', '.join(repr(a) for a, _ in answers)} is in the answer set of "
-                f"{len(self.answer_set)}"
-            )
         return Example(
             identifier,
             (question,),

@@ -90,12 +90,13 @@ def evaluate(
     truths = {metric.name: _truth(metric, task, kind, examples) for metric in wanted}
     with _carried(backbone, expert):
         losses, found = _answers(backbone, task, examples, kind, by, losses=True)
+    known = [loss for loss in losses if not math.isnan(loss)]
     values = {
         metric.name: metric.compute(truths[metric.name], _as_text(metric, kind, examples, found)) for metric in wanted
     }
     name = expert.name if expert else f"{backbone.name} (zero-shot)"
     return Evaluation(
-        task.name, split, name, task.metric, {**values, "log-loss": sum(losses) / len(losses)}, tuple(found)
+        task.name, split, name, task.metric, {**values, "log-loss": sum(known) / max(len(known), 1)}, tuple(found)
     )
 
 
@@ -143,7 +144,7 @@ def _answer_kind(task: Task, examples: Sequence[Example]) -> Answers:
     """
     boxes = 0
     for example in examples:
-        if not example.target:
+        if not example.target and not example.answers:
             raise DataError(
                 f"example {example.id!r} has no right answer, so it cannot be evaluated; `pituning predict` writes the "
                 "answers for an evaluation server"
@@ -191,16 +192,20 @@ def _as_text(metric: Metric, kind: Answers, examples: Sequence[Example], found: 
 def _answers(
     backbone: Backbone, task: Task, examples: Sequence[Example], kind: Answers, by: AnswerBy, *, losses: bool
 ) -> tuple[list[float], list[Any]]:
-    """Each example's log-loss (empty unless asked for) and what the backbone answers."""
+    """Each example's log-loss (empty unless asked for; NaN where no answer that may be given is right) and its answer."""
     choices = common_choices(examples)
 
     def scored(batch: Batch, part: Sequence[Example]) -> list[tuple[float, int]]:
         log_p = F.log_softmax(backbone.score(batch, choices).float(), dim=1).cpu()
-        target = [-float(row[e.label]) if losses else 0.0 for row, e in zip(log_p, part, strict=True)]
+        target = [-float(row[e.label]) if losses and e.target else math.nan for row, e in zip(log_p, part, strict=True)]
         return list(zip(target, log_p.argmax(1).tolist(), strict=True))
 
     def searched(batch: Batch, part: Sequence[Example]) -> list[tuple[float, Any]]:
-        target = backbone.loss(batch).float().tolist() if losses else [0.0] * len(part)
+        target = [math.nan] * len(part)
+        if losses and (answered := [n for n, e in enumerate(part) if e.target]):
+            whole = batch if len(answered) == len(part) else backbone.collate([part[n] for n in answered])
+            for n, loss in zip(answered, backbone.loss(whole).float().tolist(), strict=True):
+                target[n] = loss
         if kind == "box":
             return list(zip(target, backbone.locate(batch), strict=True))
         only = {"choices": choices} if choices else {}
