@@ -44,6 +44,9 @@ def test_rouge_l_is_the_longest_common_subsequence() -> None:
 
 def test_edges(monkeypatch: pytest.MonkeyPatch) -> None:
     assert METRICS["ROUGE-L"]([["a b"]], [""]) == 0
+    assert METRICS["ROUGE-1"]([["Le café"]], ["le cafe"]) == pytest.approx(0.5), "é divides: le, caf against le, cafe"
+    with pytest.raises(DataError, match="example 1 has no reference summary"):
+        METRICS["ROUGE-2"]([["a b"], []], ["a b", "c"])
     with pytest.raises(DataError, match="at least one example"):
         METRICS["ROUGE-L"]([], [])
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)

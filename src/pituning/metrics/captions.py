@@ -21,34 +21,66 @@ from pituning.errors import DataError, MissingDependencyError
 JAVA_TIMEOUT = 3600  # seconds
 INSTALL = "pip install 'pituning[metrics]'"
 
-_WORD = re.compile(r"[a-z]\.(?:[a-z]\.)+|\d+(?:[.,:/]\d+)+|\w+(?:[-'/]\w+)*|[^\w\s]")
+_ABBREVIATIONS = (
+    "assn ave blvd bros calif capt co col corp dept dr esq etc ft gen gov hon inc jr lt ltd messrs mr mrs ms mt ph\\.d prof "
+    "rd rep rev sen sgt sr st univ vs jan feb mar apr jun jul aug sept sep oct nov dec"
+)
+_WORD = re.compile(
+    rf"""
+      </?[a-z]\w*>                                                  # <person>
+    | (?:[a-z]\.)+[a-z]\.(?:-\w+)* | (?:{_ABBREVIATIONS.replace(" ", "|")})\.(?![a-z]) # u.s., dr.
+    | \b(?:nos?|fig)\.(?=\s*\d)                                   # no. 5, but "says no."
+    | \b[a-z]\.(?![a-z]|\s+(?-i:An?|The|He|She|It|They)\b)        # j. smith, but "plan b. a man"
+    | [a-z]+(?:\.[a-z]+)+                                          # a full stop without a space does not divide
+    | (?-i:[A-Z]+(?:&[A-Z]+)+) | [\#@][a-z]\w*                     # at&t, #tag
+    | \d+(?:[.,:/]\d+)+(?:-\w+)* | '\d+s\b | '(?:em|til|cause)\b  # 12:30, '90s
+    | \w+(?:[-'/]\w+)* | [!?]{{2,}} | [^\w\s]
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
 _CLITIC = re.compile(r"(n't|'(?:s|m|d|ll|re|ve))$")
-_DROPPED = frozenset("'`.?!,:-;()[]{}\"…–—‘’“”")
+_IN_TWO = {
+    "".join(parts): parts
+    for parts in (p.split("|") for p in ("can|not", "gim|me", "gon|na", "got|ta", "lem|me", "wan|na", "y'|all"))
+}
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_DROPPED = frozenset("'`.?!,:-;\"…–—‘’“”«»")
 
 
 def caption_words(text: str) -> str:
     """Words of a caption in lower case, without punctuation, with a space between them.
 
-    >>> caption_words("A man's dog doesn't run, it walks.")
-    "a man 's dog does n't run it walks"
+    Brackets stay, as ``-lrb-`` and ``-rrb-``: the published evaluation means to drop them, but lower-cases them first and
+    so misses them. Other signs than English ones (½, £, emoji) stay as they are, which Stanford's tokenizer rewrites.
+
+    >>> caption_words("A man's dog doesn't run, it walks (on St. Mark's Square).")
+    "a man 's dog does n't run it walks -lrb- on st. mark 's square -rrb-"
     """
     words: list[str] = []
-    for token in _WORD.findall(text.lower().replace("’", "'")):
-        if token in _DROPPED:
-            continue
-        if token == "cannot":
-            words += ["can", "not"]
-        elif clitic := _CLITIC.search(token):
-            words += [part for part in (token[: clitic.start()], clitic.group()) if part]
-        else:
-            words.append(token)
+    for token in _WORD.findall(text.replace("’", "'")):
+        words += _divided(token.lower())
     return " ".join(words)
+
+
+def _divided(token: str) -> list[str]:
+    """A token as its words: none for punctuation, several for a contraction."""
+    if token in _DROPPED:
+        return []
+    clitics: list[str] = []
+    while (clitic := _CLITIC.search(token)) and clitic.start():
+        token = token[: clitic.start()]
+        clitics.insert(0, clitic.group())
+    return [*_IN_TWO.get(token, [_BRACKETS.get(token, token)]), *clitics]
 
 
 def bleu_4(truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
     """BLEU with n-grams up to 4 over the whole corpus, 0 to 1; the closest reference's length counts.
 
     Source: Papineni et al., "BLEU", ACL 2002.
+
+    Raises:
+        DataError: if there are no examples, or one has no reference.
+        MissingDependencyError: without `pycocoevalcap`.
     """
     scorer = _evaluator("bleu.bleu", "Bleu")(4)
     return float(_quiet(scorer.compute_score, *_tokenised(truth, found))[0][3])
@@ -61,9 +93,18 @@ def cider_d(truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
     compare, and a single example has 0.
 
     Source: Vedantam et al., "CIDEr", CVPR 2015, §6 (the variant D clips counts and penalises lengths).
+
+    Raises:
+        DataError: if there are no examples, or no reference has a word.
+        MissingDependencyError: without `pycocoevalcap`.
     """
     scorer = _evaluator("cider.cider", "Cider")()
-    return float(_quiet(scorer.compute_score, *_tokenised(truth, found))[0])
+    references, answers = _tokenised(truth, found)
+    if not any(reference for of_one in references.values() for reference in of_one):
+        raise DataError(
+            "CIDEr-D weighs the words of the references, and none of them has a word; look at the data file"
+        )
+    return float(_quiet(scorer.compute_score, references, answers)[0])
 
 
 def meteor(truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
@@ -92,7 +133,7 @@ def spice(truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
     """
     _require_java("SPICE")
     library = _package("spice.spice") / "lib"
-    if len(list(library.glob("stanford-corenlp-3.6.0*.jar"))) < 2:
+    if not all((library / f"stanford-corenlp-3.6.0{part}.jar").exists() for part in ("", "-models")):
         raise MissingDependencyError(
             f"SPICE needs stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar in {library}; they come from "
             "Stanford's CoreNLP 3.6.0, and nothing is downloaded for you"
@@ -144,9 +185,14 @@ def _run_meteor(jar: Path, lines: Sequence[str], expected: int) -> list[str]:
     command = [_require_java("METEOR"), "-Xmx2G", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]
     command += ["-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     text = "".join(f"{line}\n" for line in lines)
-    done = subprocess.run(
-        command, input=text.encode(), capture_output=True, cwd=jar.parent, timeout=JAVA_TIMEOUT, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, input=text.encode(), capture_output=True, cwd=jar.parent, timeout=JAVA_TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DataError(
+            f"METEOR had not scored {len(lines)} examples after {JAVA_TIMEOUT} seconds and was stopped; try fewer (limit=)"
+        ) from error
     answers = done.stdout.decode().split("\n")[:-1]
     if done.returncode or len(answers) != expected:
         raise DataError(

@@ -11,12 +11,12 @@ from pituning.errors import DataError, MissingDependencyError
 def rouge(kind: str, truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
     """Mean F1 of shared n-grams (``rouge1``, ``rouge2``) or of the longest common subsequence (``rougeL``), 0 to 1.
 
-    Of several references the best counts. Words are lower-cased runs of letters and digits, not stemmed.
+    Of several references the best counts. Words are lower-cased runs of English letters and digits, not stemmed.
 
     Source: Lin, "ROUGE", ACL 2004 workshop.
 
     Raises:
-        DataError: if there are no examples.
+        DataError: if there are no examples, or one has no reference.
         MissingDependencyError: without the package.
     """
     try:
@@ -25,6 +25,8 @@ def rouge(kind: str, truth: Sequence[Sequence[str]], found: Sequence[str]) -> fl
         raise MissingDependencyError("ROUGE needs the package rouge-score: pip install 'pituning[metrics]'") from error
     if not truth:
         raise DataError("ROUGE needs at least one example")
+    if empty := [n for n, references in enumerate(truth) if not references]:
+        raise DataError(f"example {empty[0]} has no reference summary to compare with")
     scorer = RougeScorer([kind])
     scores = [
         max(scorer.score(reference, answer)[kind].fmeasure for reference in references)

@@ -14,15 +14,21 @@ _NUMBERS = "zero one two three four five six seven eight nine ten"
 _DIGITS = {"none": "0"} | {word: str(n) for n, word in enumerate(_NUMBERS.split())}
 _ARTICLES = frozenset({"a", "an", "the"})
 _CONTRACTED = """
-ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'd I'm I've isn't
-it'd it'll let's ma'am mightn't might've mustn't needn't not've o'clock oughtn't shan't she'd should've shouldn't somebody'd
-somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll
-they're they've 'twas wasn't we'd we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
-who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
-"""
-_APOSTROPHES = {whole.replace("'", "").lower(): whole for whole in _CONTRACTED.split()}
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
+how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't
+'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
+they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's
+where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
+you'd you'd've you'll you're you've
+"""  # not those that are words without their apostrophe, such as "id" and "shed"
+_APOSTROPHES = {
+    whole[: mark.start()] + whole[mark.end() :]: whole
+    for whole in _CONTRACTED.split()
+    for mark in re.finditer("'", whole)
+}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_LONE_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
+_PERIOD = re.compile(r"\.(?!\d)")  # not the decimal point
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 
 
@@ -68,8 +74,9 @@ def soft_answers(human: Sequence[str]) -> dict[str, float]:
 def normalise_answer(text: str) -> str:
     """An answer as VQA's evaluation compares it.
 
-    Lower case; punctuation taken out where it stands beside a space or where the answer has a comma between digits, and
-    otherwise made a space; numbers up to ten as digits; no articles; apostrophes of contractions put back.
+    Lower case; periods taken out, but for decimal points; other punctuation taken out where it stands beside a space or
+    where the answer has a comma between digits, and otherwise made a space; numbers up to ten as digits; no articles;
+    apostrophes of contractions put back.
 
     >>> normalise_answer("The two dogs."), normalise_answer("dont  know"), normalise_answer("1,000")
     ('2 dogs', "don't know", '1000')
@@ -81,7 +88,7 @@ def normalise_answer(text: str) -> str:
     for mark in _PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if beside_space or _COMMA_IN_NUMBER.search(text) else " ")
-    words = (_DIGITS.get(word, word) for word in _LONE_PERIOD.sub("", cleaned).lower().split())
+    words = (_DIGITS.get(word, word) for word in _PERIOD.sub("", cleaned).lower().split())
     return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
 
 
