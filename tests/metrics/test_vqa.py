@@ -63,6 +63,7 @@ def test_answers_as_the_evaluation_compares_them(text: str, expected: str) -> No
 def test_the_metric() -> None:
     truth = [{"red": 1.0, "pink": 0.3}, {"two": 0.6}, {"no": 1.0}]
     assert vqa_accuracy(truth, [" red ", "two", "yes"]) == pytest.approx((1.0 + 0.6 + 0.0) / 3)
+    assert vqa_accuracy([{"2": 0.9}, {"red": 0.3}], ["Two.", "the red"]) == pytest.approx(0.6)
     with pytest.raises(DataError, match="at least one example"):
         vqa_accuracy([], [])
     with pytest.raises(DataError, match="several annotators"):

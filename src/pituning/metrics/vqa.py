@@ -33,7 +33,7 @@ _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 
 
 def vqa_accuracy(truth: Sequence[Mapping[str, float]], found: Sequence[str]) -> float:
-    """Mean confidence of the found answers; an answer that nobody gave counts 0.
+    """Mean confidence of the found answers, as they are or as :func:`normalise_answer` writes them; others count 0.
 
     >>> vqa_accuracy([{"red": 1.0, "pink": 0.3}, {"two": 0.6}], ["pink", "three"])
     0.15
@@ -45,7 +45,8 @@ def vqa_accuracy(truth: Sequence[Mapping[str, float]], found: Sequence[str]) -> 
     """
     if not truth:
         raise DataError("vqa-accuracy needs at least one example")
-    return sum(t.get(f.strip(), 0.0) for t, f in zip(truth, found, strict=True)) / len(truth)
+    pairs = zip(truth, found, strict=True)
+    return sum(max(t.get(f.strip(), 0.0), t.get(normalise_answer(f), 0.0)) for t, f in pairs) / len(truth)
 
 
 def soft_answers(human: Sequence[str]) -> dict[str, float]:
