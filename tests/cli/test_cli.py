@@ -441,7 +441,7 @@ class TestRun:
 
     def test_tables_and_report(self, calls: list[Any], tmp_path: Path) -> None:
         recipe = tmp_path / "a.yaml"
-        recipe.touch()
+        recipe.write_text((Path(__file__).parents[2] / "recipes" / "demo.yaml").read_text())
         shown = run("run", recipe, "--seeds", "0, 2", "--output", tmp_path / "out", "--quiet").stdout
         assert calls == [(recipe, tmp_path / "out", {"seeds": [0, 2], "progress": False})]
         for part in ("π (this tool)", "77.5", "80.0  75.0", "+5.1", "+3.2 to +7.0", "-1.0", "π helps.", "report.html"):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pituning.data.images import image_size, open_image
 from pituning.errors import DataError
-from pituning.example import Example
+from pituning.example import Example, LazyImage
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 
@@ -99,6 +99,43 @@ class TestBrokenFiles:
         assert message(image_size, tmp_path / "b.png") == f"no such image file: {tmp_path / 'b.png'}"
         assert message(open_image, tmp_path).startswith(f"{tmp_path}: not a readable image")
         assert message(open_image, b"", "x/train/0") == "x/train/0: not an image of a format that Pillow knows"
+
+
+class TestLazy:
+    @pytest.mark.parametrize("call", [open_image, image_size])
+    @pytest.mark.parametrize(
+        ("found", "said"),
+        [
+            (b"text", "a.tsv:3: not an image of a format that Pillow knows"),
+            (Path("/nowhere/a.png"), "a.tsv:3: no such image file: /nowhere/a.png"),
+            ("/nowhere/a.png", "a.tsv:3: no such image file: /nowhere/a.png"),
+            (OSError("gone"), "a.tsv:3: the picture cannot be read (OSError: gone)"),
+            (DataError("a.tsv:3: said already"), "a.tsv:3: said already"),
+        ],
+    )
+    def test_every_error_names_the_place(self, call: Any, found: Any, said: str, message: Any) -> None:
+        def read() -> Any:
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        assert message(call, LazyImage("a.tsv:3", read), "an id") == said
+
+    def test_a_broken_file_is_named_by_place_and_path(self, tmp_path: Path, message: Any) -> None:
+        (tmp_path / "a.png").write_bytes(encoded(picture())[:200])
+        image = LazyImage("d[3]", lambda: tmp_path / "a.png")
+        assert message(open_image, image).startswith(f"d[3]: {tmp_path / 'a.png'}: not a readable image")
+
+    def test_whatever_it_gives_is_opened(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(encoded(picture()))
+        for found in (tmp_path / "a.png", str(tmp_path / "a.png"), encoded(picture()), picture()):
+            image = LazyImage("here", lambda found=found: found)
+            assert np.array_equal(np.asarray(open_image(image)), np.asarray(picture()))
+            assert image_size(image) == (37, 23)
+
+    def test_more_than_eight_bits_names_the_place(self, message: Any) -> None:
+        deep = Image.fromarray(np.zeros((3, 4), np.uint16))
+        assert message(open_image, LazyImage("here", lambda: deep)).startswith("here: mode I;16 has more than 8 bits")
 
 
 class TestExample:

@@ -16,7 +16,7 @@ from pituning.data.images import image_size, open_image
 from pituning.data.records import DatasetRecords, Records, TableRecords, TsvRecords
 from pituning.data.tsv import TsvFile
 from pituning.errors import DataError
-from pituning.example import LazyImage
+from pituning.example import Example, LazyImage
 
 RED = (200, 0, 0)
 
@@ -72,8 +72,8 @@ class TestEverySource:
         assert records.text(1, "label") == "no"
         with pytest.raises(DataError) as caught:
             open_image(image)
-        place = "b.png" if make is from_table else records.place(1, "image")
-        assert place in str(caught.value)
+        place = str(tmp_path / "b.png") if make is from_table else records.place(1, "image")
+        assert str(caught.value).startswith(f"{place}: not a")
 
     def test_a_missing_column_is_named(self, tmp_path: Path, make: Any) -> None:
         records = make(tmp_path)
@@ -81,8 +81,15 @@ class TestEverySource:
             records.text(0, "premise")
 
     def test_pictures_go_to_other_processes(self, tmp_path: Path, make: Any) -> None:
-        image = pickle.loads(pickle.dumps(make(tmp_path).image(0, "image")))
-        assert image_size(image) == (6, 4)
+        records = make(tmp_path)
+        example = Example("t/train/0", ("x",), "x", records.text(0, "label"), image=records.image(0, "image"))
+        again = pickle.loads(pickle.dumps(example))
+        assert again == example
+        assert open_image(again.image).getpixel((5, 3)) == RED
+
+    def test_a_row_that_is_not_there(self, tmp_path: Path, make: Any) -> None:
+        with pytest.raises(IndexError):
+            make(tmp_path).text(2, "label")
 
 
 def test_places(tmp_path: Path) -> None:
@@ -90,6 +97,20 @@ def test_places(tmp_path: Path) -> None:
     assert from_tsv(tmp_path).place(1, "image").endswith("a.tsv:3, column 1 (image)")
     assert from_table(tmp_path).place(1, "label") == "t.csv:3 (label)"
     assert from_dataset(tmp_path).place(1, "label") == "hub:train[1] (label)"
+
+
+def test_the_header_is_no_row(tmp_path: Path) -> None:
+    records = from_tsv(tmp_path)
+    for row in (-1, 2):
+        with pytest.raises(IndexError, match=f"has 2 rows, no number {row}"):
+            records.text(row, "label")
+        with pytest.raises(IndexError, match="has 2 rows"):
+            records.image(row, "image")
+
+
+def test_a_table_without_a_picture_in_one_row(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"t\.csv:2 \(image\) is empty"):
+        TableRecords([("t.csv:2", {"image": " "})], tmp_path).image(0, "image")
 
 
 class TestDatasets:
@@ -115,6 +136,27 @@ class TestDatasets:
         records = DatasetRecords(dataset, {"label": "label"}, "d")
         assert [records.text(row, "label") for row in (0, 1)] == ["yes", ""]
 
+    def test_a_list_with_a_gap_is_named(self) -> None:
+        with pytest.raises(DataError, match=r"d\[0\] \(text\) is empty in part"):
+            self.records(text=[["a", None]]).text(0, "text")
+
+    def test_a_picture_is_no_text(self) -> None:
+        with pytest.raises(DataError, match=r"d\[0\] \(image\): expected a text, found dict"):
+            self.records(image=[Image.new("RGB", (6, 4))]).text(0, "image")
+
+    def test_through_parquet(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(png((3, 2)))
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
+        columns = {"image": [Image.new("RGB", (6, 4), RED), str(tmp_path / "a.png")], "label": [1, -1]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "d.parquet")
+        dataset = datasets.load_dataset(
+            "parquet", data_files=str(tmp_path / "d.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+        )
+        records = DatasetRecords(dataset, {"image": "image", "label": "label"}, "d")
+        assert [image_size(records.image(row, "image")) for row in (0, 1)] == [(6, 4), (3, 2)]
+        assert open_image(records.image(0, "image")).getpixel((5, 3)) == RED
+        assert [records.text(row, "label") for row in (0, 1)] == ["yes", ""]
+
     def test_what_is_no_picture_is_named(self) -> None:
         with pytest.raises(DataError, match=r"d\[0\] \(image\): expected a picture"):
             open_image(self.records(image=[7]).image(0, "image"))
@@ -124,7 +166,11 @@ class TestDatasets:
         dataset = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")]}).cast_column(
             "image", datasets.Image()
         )
-        assert image_size(DatasetRecords(dataset, {"image": "image"}, "d").image(0, "image")) == (6, 4)
+        image = DatasetRecords(dataset, {"image": "image"}, "d").image(0, "image")
+        assert image_size(image) == (6, 4)
+        (tmp_path / "a.png").unlink()
+        with pytest.raises(DataError, match=r"d\[0\] \(image\): no such image file: .*a\.png"):
+            image_size(image)
         with pytest.raises(DataError, match="d: no column 'label'; there are image"):
             DatasetRecords(dataset, {"label": "label"}, "d")
 

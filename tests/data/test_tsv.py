@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,7 +50,7 @@ def index_folders(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if ".index" in p.name)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
+@pytest.mark.parametrize("chunk", [*range(1, 8), 1 << 20])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("last", [True, False])
 def test_every_cell_in_any_order(
@@ -95,6 +96,9 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         (["a\tb", "c\td", "", "e\tf"], r"a\.tsv:3: the line is blank"),
         (["a\tb", "\r", "e\tf"], r"a\.tsv:2: the line is blank"),
         (["a\tb", "c\td\te"], r"a\.tsv:2: expected 2 columns as in the first line, found 3"),
+        (["a\tb", "   c"], r"a\.tsv:2: expected 2 columns as in the first line, found 1"),
+        (["", "a\tb"], r"a\.tsv:1: the line is blank; line 2 has 2 columns"),
+        (["   a", "a\tb"], r"a\.tsv:2: expected 1 columns as in the first line, found 2"),
     ],
 )
 @pytest.mark.parametrize("last", ["\n", ""])
@@ -146,13 +150,15 @@ class TestIndex:
         assert TsvFile(path).cell(0, 0) == "ab", "the same size, another time"
         assert index_folders(tmp_path) == ["a.tsv.index"]
 
-    @pytest.mark.parametrize("damage", ["ends", "about", "no about", "other format"])
+    @pytest.mark.parametrize("damage", ["ends", "zeros", "about", "no about", "other format"])
     def test_a_damaged_one_is_made_again(self, tmp_path: Path, damage: str) -> None:
         path = write(tmp_path / "a.tsv", "a\tb\nc\td\n")
         TsvFile(path)
         folder = tmp_path / "a.tsv.index"
         if damage == "ends":
             write(folder / "ends.int64", (folder / "ends.int64").read_bytes()[:-8])
+        elif damage == "zeros":
+            write(folder / "ends.int64", bytes(4 * 8))
         elif damage == "no about":
             (folder / "about.json").unlink()
         else:
@@ -180,6 +186,98 @@ class TestIndex:
         assert [process.communicate()[0].strip() for process in both] == [b"50000"] * 2
         assert [process.returncode for process in both] == [0, 0]
         assert index_folders(tmp_path) == ["a.tsv.index"]
+
+    @pytest.mark.parametrize("other", ["process", "thread"])
+    def test_another_one_is_faster(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+        monkeypatch.setattr(tsv, "CHUNK", 1000)
+        monkeypatch.setenv(tsv.CACHE_VARIABLE, str(tmp_path / "cache"))
+        path = write(tmp_path / "a.tsv", "".join(f"{n}\tb{n}\n" for n in range(200)))
+        faster: list[int] = []
+
+        def meanwhile(done: int, size: int) -> None:
+            if faster:
+                return
+            assert [name.endswith(".partial") for name in index_folders(tmp_path)] == [True]
+            faster.append(0)
+            if other == "thread":
+                faster.append(len(TsvFile(path)))
+            else:
+                faster.append(
+                    int(subprocess.run([sys.executable, "-c", OPEN, str(path)], stdout=-1, check=True).stdout)
+                )
+
+        file = TsvFile(path, progress=meanwhile)
+        assert faster == [0, 200]
+        assert [file.cells(n, (0, 1)) for n in range(200)] == [(str(n), f"b{n}") for n in range(200)]
+        assert index_folders(tmp_path) == ["a.tsv.index"]
+        assert not (tmp_path / "cache").exists()
+
+    @pytest.mark.parametrize(
+        ("mark", "seconds", "stays"),
+        [
+            (f"{socket.gethostname()}-{os.getpid()}-00000000", 0, False),  # had our number, as in a restarted container
+            (f"{socket.gethostname()}-{os.getppid()}-00000000", 7200, True),
+            (f"{socket.gethostname()}-999999999-00000000", 0, False),
+            ("another-host-12-00000000", 0, True),
+            ("another-host-12-00000000", 7200, False),
+            ("odd", 7200, False),
+        ],
+    )
+    def test_only_what_is_abandoned_is_taken_away(self, tmp_path: Path, mark: str, seconds: int, stays: bool) -> None:
+        path = write(tmp_path / "a[1].tsv", "a\tb\n")
+        left = tmp_path / f"a[1].tsv.index.{mark}.partial"
+        left.mkdir()
+        write(left / "ends.int64", "x")
+        for one in (left / "ends.int64", left):
+            os.utime(one, (time.time() - seconds,) * 2)
+        TsvFile(path)
+        assert left.exists() == stays
+
+    def test_a_long_run_elsewhere_shows_signs_of_life(self, tmp_path: Path) -> None:
+        left = tmp_path / "a.tsv.index.another-12-00000000.partial"
+        left.mkdir()
+        write(left / "ends.int64", "x")
+        os.utime(left, (0, 0))
+        TsvFile(write(tmp_path / "a.tsv", "a\tb\n"))
+        assert left.exists(), "the folder is old, but its file was just written to"
+
+    def test_a_file_that_changes_while_it_is_indexed(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.tsv", "a\tb\n")
+        with pytest.raises(DataError, match="was changed while it was being indexed"):
+            TsvFile(path, progress=lambda *_: os.utime(path, (0, 0)))
+        assert index_folders(tmp_path) == []
+
+    @pytest.mark.parametrize("read_before", [True, False])
+    def test_a_file_that_changes_afterwards_gives_no_wrong_cells(self, tmp_path: Path, read_before: bool) -> None:
+        path = write(tmp_path / "a.tsv", "abcdef\tghi\n")
+        file = TsvFile(path)
+        if read_before:
+            assert file.cell(0, 0) == "abcdef"
+            os.truncate(path, 2)
+        else:
+            write(path, "abc\tdefghi\n")
+            os.utime(path, (0, 0))
+        with pytest.raises(DataError, match=r"a\.tsv was changed after it was opened"):
+            file.cell(0, 0)
+
+    def test_a_full_disk_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        path = write(tmp_path / "a.tsv", "a\tb\n")
+        monkeypatch.setenv(tsv.CACHE_VARIABLE, str(tmp_path / "cache"))
+        monkeypatch.setattr(tsv, "_write_ends", full)
+        with pytest.raises(DataError, match="No space left on device"):
+            TsvFile(path)
+        assert list(tmp_path.rglob("*.index*")) == []
+
+    def test_a_user_without_a_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def homeless() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv(tsv.CACHE_VARIABLE, raising=False)
+        monkeypatch.setattr(Path, "home", homeless)
+        assert TsvFile(write(tmp_path / "a.tsv", "a\tb\n")).cell(0, 1) == "b"
 
     def test_a_folder_that_cannot_be_written_to(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write(tmp_path / "data.tsv", "a\tb\nc\td\n")

@@ -55,8 +55,10 @@ def _opened(source: ImageSource, name: str) -> Iterator[Image]:
     """The picture, not decoded yet; whatever goes wrong inside the block, too, is the file's fault."""
     from PIL import Image, UnidentifiedImageError
 
+    place = ""  # a file that something else names is told by both
     if isinstance(source, LazyImage):
-        name, source = source.place, source.read()
+        name, source = source.place, _read(source)
+        place = f"{name}: " if isinstance(source, str | Path) else ""
     try:
         if isinstance(source, Image.Image):
             yield source
@@ -66,11 +68,21 @@ def _opened(source: ImageSource, name: str) -> Iterator[Image]:
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"no such image file: {source!s}") from error
+        raise DataError(f"{place}no such image file: {source!s}") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"{_shown(source, name)}: not an image of a format that Pillow knows") from error
+        raise DataError(f"{place}{_shown(source, name)}: not an image of a format that Pillow knows") from error
     except Exception as error:  # Pillow's decoders raise a dozen unrelated types for a broken file
-        raise DataError(f"{_shown(source, name)}: not a readable image ({type(error).__name__}: {error})") from error
+        found = f"{type(error).__name__}: {error}"
+        raise DataError(f"{place}{_shown(source, name)}: not a readable image ({found})") from error
+
+
+def _read(image: LazyImage) -> Path | str | bytes | Image:
+    try:
+        return image.read()
+    except DataError:
+        raise
+    except Exception as error:  # whatever a store of pictures may raise
+        raise DataError(f"{image.place}: the picture cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _shown(source: ImageSource, name: str) -> str:

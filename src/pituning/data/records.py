@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pituning.data.tables import Row
-from pituning.data.tsv import TsvFile
 from pituning.errors import DataError
 from pituning.example import ImageSource, LazyImage
+
+if TYPE_CHECKING:
+    from pituning.data.tsv import TsvFile
 
 JOINT = "&&"
 """Stands between the parts of a text that a data set keeps as a list, as in OFA's files."""
@@ -72,18 +74,24 @@ class TsvRecords(Records):
 
     def text(self, row: int, column: str) -> str:
         """See :meth:`Records.text`."""
-        return self.file.cell(row + self.first, self._position(column))
+        return self.file.cell(self._row(row), self._position(column))
 
     def image(self, row: int, column: str) -> ImageSource:
         """See :meth:`Records.image`: the bytes that the base64 cell stands for."""
         position = self._position(column)
-        return LazyImage(self.place(row, column), partial(self.file.image, row + self.first, position))
+        return LazyImage(self.place(row, column), partial(self.file.image, self._row(row), position))
 
     def place(self, row: int, column: str | None = None) -> str:
         """See :meth:`Records.place`."""
         if column is None:
             return self.file.place(row + self.first)
         return f"{self.file.place(row + self.first, self._position(column))} ({column})"
+
+    def _row(self, row: int) -> int:
+        """Row of the file; the header is none."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"{self.file.path} has {len(self)} rows, no number {row}")
+        return row + self.first
 
     def _position(self, column: str) -> int:
         self.require(column)
@@ -113,7 +121,10 @@ class TableRecords(Records):
 
     def image(self, row: int, column: str) -> ImageSource:
         """See :meth:`Records.image`."""
-        return self.folder / self.text(row, column)
+        path = self.text(row, column)
+        if not path.strip():
+            raise DataError(f"{self.place(row, column)} is empty")
+        return self.folder / path
 
     def place(self, row: int, column: str | None = None) -> str:
         """See :meth:`Records.place`."""
@@ -166,9 +177,15 @@ class DatasetRecords(Records):
         value, feature = self._value(row, column), self._plain.features[self.names[column]]
         if isinstance(feature, datasets.ClassLabel):
             return "" if value == -1 else str(feature.int2str(value))
-        if isinstance(value, list):  # VQAv2 keeps an annotator's answer with how sure they were
-            return JOINT.join(str(v["answer"]) if isinstance(v, dict) and "answer" in v else str(v) for v in value)
-        return str(value)
+        parts = value if isinstance(value, list) else [value]
+        # VQAv2 keeps an annotator's answer with how sure they were
+        parts = [p["answer"] if isinstance(p, dict) and "answer" in p else p for p in parts]
+        for part in parts:
+            if part is None:
+                raise DataError(f"{self.place(row, column)} is empty in part")
+            if isinstance(part, dict | bytes):
+                raise DataError(f"{self.place(row, column)}: expected a text, found {type(part).__name__}")
+        return JOINT.join(str(p) for p in parts)
 
     def image(self, row: int, column: str) -> ImageSource:
         """See :meth:`Records.image`."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import glob
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +39,9 @@ _FORMAT = 1
 _ENDS, _ABOUT = "ends.int64", "about.json"
 _ABANDONED = 3600.0  # seconds without a sign of life, after which an unfinished index is taken away
 _NOT_BASE64 = re.compile(rb"[^A-Za-z0-9+/]")
+
+_MARK = re.compile(r"(.*)-(\d+)-[0-9a-f]{8}\.partial")  # host, process, and what tells its indexes apart
+_making: set[str] = set()  # names of the unfinished indexes that belong to this process
 
 Progress = Callable[[int, int], None]
 """Told the bytes that are indexed and the bytes there are."""
@@ -63,6 +69,7 @@ class TsvFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise DataError(f"no such file: {self.path}")
+        self._version = _state(self.path.stat())
         self._ends = _open_index(self.path, progress)
         self._flat = self._ends.reshape(-1)
         self.column_count = int(self._ends.shape[1])
@@ -124,13 +131,21 @@ class TsvFile:
 
     def _read(self, start: int, end: int) -> bytes:
         # not memory-mapped: every page that was ever touched would count as the process's own memory
-        return os.pread(self._descriptor.fileno(), end - start, start)
+        found = os.pread(self._descriptor.fileno(), end - start, start)
+        if len(found) < end - start:
+            raise self._changed()
+        return found
 
     @cached_property
     def _descriptor(self) -> FileIO:
         file = FileIO(self.path)
         weakref.finalize(self, file.close)
+        if _state(os.fstat(file.fileno())) != self._version:
+            raise self._changed()
         return file
+
+    def _changed(self) -> DataError:
+        return DataError(f"{self.path} was changed after it was opened: open it again, its index no longer fits")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -166,30 +181,33 @@ def _open_index(path: Path, progress: Progress | None) -> NDArray[np.int64]:
     for folder in folders:
         if (ends := _mapped(path, folder)) is not None:
             return ends
+    refused = []
     for folder in folders:
-        unfinished = folder.with_name(f"{folder.name}.{socket.gethostname()}-{os.getpid()}.partial")
+        mark = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        unfinished = folder.with_name(f"{folder.name}.{mark}.partial")
+        _making.add(unfinished.name)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(folder)
             unfinished.mkdir()
-        except OSError:
-            continue
-        try:
             return _made(path, folder, unfinished, progress)
+        except OSError as error:  # read-only, or full
+            refused.append(f"{folder.parent}: {error}")
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+            _making.discard(unfinished.name)
     raise DataError(
         f"{path}: its index can be written neither beside it nor into {folders[1].parent}: set {CACHE_VARIABLE} to a folder "
-        "that can be written to"
+        f"that can be written to ({'; '.join(refused)})"
     )
 
 
 def _made(path: Path, folder: Path, unfinished: Path, progress: Progress | None) -> NDArray[np.int64]:
     """Make the index in the unfinished folder, which then takes the name of the finished one."""
-    state = _state(path)
+    state = _state(path.stat())
     with path.open("rb") as file, (unfinished / _ENDS).open("wb") as out:
         rows, columns = _write_ends(path, file, out, state["size"], progress)
-    if _state(path) != state:
+    if _state(path.stat()) != state:
         raise DataError(f"{path} was changed while it was being indexed: open it again when it is whole")
     (unfinished / _ABOUT).write_text(json.dumps({**state, "rows": rows, "columns": columns}), encoding="utf-8")
     if folder.exists() and _mapped(path, folder) is None:
@@ -217,9 +235,7 @@ def _write_ends(path: Path, file: BinaryIO, out: BinaryIO, size: int, progress: 
             first = int(wrong[0])
             before = int(breaks[first - 1]) if first else -1
             found, start = int(breaks[first]) - before, int(ends[before]) + 1 if first else begin
-            file.seek(start)
-            beginning = file.read(min(int(ends[breaks[first]]) - start, 2))
-            raise DataError(_wrong_row(path, rows + first + 1, columns, found, beginning))
+            raise DataError(_wrong_row(path, file, rows + first + 1, start, columns, found))
         complete = int(breaks[-1]) + 1
         ends[:complete].tofile(out)
         rows += len(breaks)
@@ -246,17 +262,22 @@ def _separators(file: BinaryIO, size: int) -> Iterator[tuple[NDArray[np.int64], 
         yield np.array([start], np.int64), np.array([True]), start
 
 
-def _wrong_row(path: Path, line: int, expected: int, found: int, first_bytes: bytes) -> str:
+def _wrong_row(path: Path, file: BinaryIO, line: int, start: int, expected: int, found: int) -> str:
     """What to say of the first row with another number of cells than the first row."""
-    place = f"{path}:{line}"
-    if found == 1 and not first_bytes.strip():
-        return f"{place}: the line is blank; expected {expected} columns as in the first line"
-    return f"{place}: expected {expected} columns as in the first line, found {found}"
+    if expected == 1 and _is_blank(file, 0):
+        return f"{path}:1: the line is blank; line {line} has {found} columns"
+    if found == 1 and _is_blank(file, start):
+        return f"{path}:{line}: the line is blank; expected {expected} columns as in the first line"
+    return f"{path}:{line}: expected {expected} columns as in the first line, found {found}"
 
 
-def _state(path: Path) -> dict[str, int]:
+def _is_blank(file: BinaryIO, start: int) -> bool:
+    file.seek(start)
+    return not file.readline(1000).strip()
+
+
+def _state(found: os.stat_result) -> dict[str, int]:
     """What must be unchanged for an index to count."""
-    found = path.stat()
     return {"format": _FORMAT, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
@@ -265,21 +286,30 @@ def _mapped(path: Path, folder: Path) -> NDArray[np.int64] | None:
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         shape = int(about["rows"]), int(about["columns"])
+        state = _state(path.stat())
         whole = (folder / _ENDS).stat().st_size == 8 * shape[0] * shape[1]
-        if not whole or any(about[key] != value for key, value in _state(path).items()):
+        if not whole or any(about[key] != value for key, value in state.items()):
             return None
-        return np.memmap(folder / _ENDS, np.int64, "r", shape=shape)
+        ends = np.memmap(folder / _ENDS, np.int64, "r", shape=shape)
+        # a crash of the machine may have left zeros
+        return ends if int(ends[-1, -1]) in (state["size"] - 1, state["size"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _remove_abandoned(folder: Path) -> None:
     """Take away what killed runs have left."""
-    for left in folder.parent.glob(f"{folder.name}.*.partial"):
-        host, _, number = left.name.removeprefix(f"{folder.name}.").removesuffix(".partial").rpartition("-")
-        ours = host == socket.gethostname() and number.isdigit()
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
+        mark = _MARK.fullmatch(left.name.removeprefix(f"{folder.name}."))
         with suppress(OSError):
-            dead = not _is_alive(int(number)) if ours else time.time() - left.stat().st_mtime > _ABANDONED
+            if mark is None or mark[1] != socket.gethostname():
+                dead = time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > _ABANDONED
+            elif (
+                int(mark[2]) == os.getpid()
+            ):  # another process had this number before, as when a container starts again
+                dead = left.name not in _making
+            else:
+                dead = not _is_alive(int(mark[2]))
             if dead:
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -295,6 +325,13 @@ def _is_alive(process: int) -> bool:
 
 
 def _cache_folder(path: Path) -> Path:
-    root = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "pituning"
+    root = os.environ.get(CACHE_VARIABLE) or _default_cache()
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     return Path(root) / "tsv" / f"{path.name}.{digest}.index"
+
+
+def _default_cache() -> Path:
+    try:
+        return Path.home() / ".cache" / "pituning"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"pituning-{os.getuid()}"

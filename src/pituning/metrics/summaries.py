@@ -11,7 +11,8 @@ from pituning.errors import DataError, MissingDependencyError
 def rouge(kind: str, truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
     """Mean F1 of shared n-grams (``rouge1``, ``rouge2``) or of the longest common subsequence (``rougeL``), 0 to 1.
 
-    Of several references the best counts. Words are lower-cased runs of English letters and digits, not stemmed.
+    Of several references the best counts. Words are lower-cased runs of English letters and digits, reduced to
+    their stems (Porter), as OFA's evaluation of Gigaword does.
 
     Source: Lin, "ROUGE", ACL 2004 workshop.
 
@@ -27,7 +28,7 @@ def rouge(kind: str, truth: Sequence[Sequence[str]], found: Sequence[str]) -> fl
         raise DataError("ROUGE needs at least one example")
     if empty := [n for n, references in enumerate(truth) if not references]:
         raise DataError(f"example {empty[0]} has no reference summary to compare with")
-    scorer = RougeScorer([kind])
+    scorer = RougeScorer([kind], use_stemmer=True)
     scores = [
         max(scorer.score(reference, answer)[kind].fmeasure for reference in references)
         for references, answer in zip(truth, found, strict=True)

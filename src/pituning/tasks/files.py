@@ -10,7 +10,6 @@ from typing import Any
 
 from pituning.data.records import DatasetRecords, Records, TableRecords, TsvRecords
 from pituning.data.tables import SUFFIXES, Row, read_table
-from pituning.data.tsv import TsvFile
 from pituning.errors import DataError
 from pituning.tasks.image_classification import class_name
 from pituning.tasks.kind import Kind
@@ -31,6 +30,8 @@ def records_from_file(path: str | Path, kind: Kind) -> Records:
     Raises:
         DataError: if the file cannot be read or lacks a column.
     """
+    from pituning.data.tsv import TsvFile  # numpy is not needed to know a task's name
+
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no such file: {path}")

@@ -135,7 +135,8 @@ def has_corner_columns(path: Path) -> bool:
     if not path.is_file() or path.suffix not in SUFFIXES:
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
-        return all(corner in file.readline(100_000) for corner in COLUMNS[2:])
+        first = file.readline(100_000)
+    return all(corner in first for corner in COLUMNS[2:])
 
 
 def grounding_prompt(text: str) -> str:
