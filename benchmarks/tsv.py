@@ -30,11 +30,12 @@ PICTURES = 256  # different pictures; the file repeats them
 PICTURE_BYTES = 30_000
 
 OPEN = """
-import json, random, resource, sys, time
+import json, random, re, sys, time
 from pituning.data.tsv import TsvFile
 path, rows, seed, name = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 start = time.perf_counter(); file = TsvFile(path); opened = time.perf_counter() - start
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# not ru_maxrss: that of a child begins with its parent's
+def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
 after_opening = peak()
 chosen = random.Random(seed).choices(range(len(file)), k=rows)
 start = time.perf_counter()

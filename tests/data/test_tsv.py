@@ -298,6 +298,10 @@ class TestIndex:
         with pytest.raises(DataError, match="set PITUNING_CACHE to a folder"):
             TsvFile(path)
 
+    def test_a_system_that_cannot_read_ahead(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(os, "posix_fadvise")
+        assert TsvFile(write(tmp_path / "a.tsv", "a\tb\n")).cell(0, 1) == "b"
+
     def test_progress_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tsv, "CHUNK", 4)
         told: list[tuple[int, int]] = []

@@ -129,7 +129,8 @@ def spice(truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
     Source: Anderson et al., "SPICE", ECCV 2016.
 
     Raises:
-        MissingDependencyError: without Java (8 to 14: it uses a script engine that later ones lack), `pycocoevalcap`, or Stanford CoreNLP's files, which are not part of it.
+        MissingDependencyError: without Java (8 to 14: it uses a script engine that later ones lack), `pycocoevalcap`, or
+            Stanford CoreNLP's files, which are not part of it.
     """
     _require_java("SPICE")
     library = _package("spice.spice") / "lib"
