@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pituning.data.images import open_image
 from pituning.tasks import load_task
@@ -20,6 +25,15 @@ TASKS = {
     "vqa": ("train", "dev", "test"),
     "snli_ve-premise": ("train", "dev", "test"),
 }
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    """The rows of a file, read plainly."""
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def normal(sentence: str) -> str:
+    return " ".join(sentence.lower().rstrip(" .").split())
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +49,7 @@ def script() -> Any:
 @pytest.fixture(scope="module")
 def built(script: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
-    script.build(DATA, folder, train=24, test=12)
+    script.build(DATA, folder, train=24, test=30)
     return folder
 
 
@@ -46,65 +60,138 @@ def test_the_papers_tasks_read_them(built: Path) -> None:
         for split in splits:
             for example in task.split(split):
                 assert example.target
-                assert open_image(example.image or "").size in ((250, 200), (64, 64), (200, 50))
+                assert open_image(example.image or "").size in ((125, 100), (64, 64), (200, 50))
         assert load_task(name, data=built / "pretrain").split("train")
     assert load_task("vqa", data=built / "target").choices == load_task("vqa", data=built / "pretrain").choices
 
 
 def test_boxes_lie_on_something(built: Path) -> None:
-    """Inside the picture, and more colourful inside than the plain background at the same height."""
+    """Inside the picture, and at each of its sides, but for the picture's own, something stands before the background."""
+    background = Image.open(DATA / "codraw" / "Pngs" / "background.png").convert("RGB").resize((125, 100))
     for split in ("testA", "testB"):
         for example in load_task("refcoco", data=built / "target").split(split):
             assert example.box is not None
-            x0, y0, x1, y1 = example.box
-            assert 0 <= x0 < x1 <= 250
-            assert 0 <= y0 < y1 <= 200
-            inside = np.asarray(open_image(example.image or "").crop((int(x0), int(y0), int(x1), int(y1))), dtype=float)
-            assert inside.std(axis=1).mean() > 4, example.texts
+            x0, y0, x1, y1 = map(int, example.box)
+            assert 0 <= x0 < x1 <= 125
+            assert 0 <= y0 < y1 <= 100
+            picture = np.asarray(open_image(example.image or ""), dtype=float)
+            drawn = (np.abs(picture - np.asarray(background, dtype=float)).max(axis=2) > 25)[y0:y1, x0:x1]
+            assert drawn.mean() > 0.1, example.texts
+            for side in (drawn[:3], drawn[-3:], drawn[:, :3], drawn[:, -3:]):
+                assert side.any(), example.texts
             assert (example.texts[0] in ("the boy", "the girl")) == (split == "testA")
 
 
-def test_nothing_is_in_two_files(script: Any, built: Path) -> None:
-    for task, column in (("refcoco", 4), ("refcoco", 1), ("vqa", 5), ("snli_ve", 3)):
+def test_nothing_is_in_two_files(built: Path) -> None:
+    for task, column in (("refcoco", 4), ("refcoco", 1), ("vqa", 5), ("snli_ve", 2)):
         seen: dict[str, Path] = {}
         for path in built.glob(f"*/{task}_data/*.tsv"):
-            for cell in {row[column] for row in script.rows_of(path) if not row[column].startswith("there ")}:
+            for cell in {row[column] for row in rows_of(path)}:
                 assert seen.setdefault(cell, path) == path, f"{task}: column {column} of {path} and {seen[cell]}"
 
 
-def test_as_many_true_as_false(built: Path) -> None:
-    task = load_task("snli_ve", data=built / "target")
-    for split in ("train", "dev", "test"):
-        labels = [e.target for e in task.split(split)]
-        assert abs(labels.count("yes") - labels.count("no")) <= 1
-        assert len(labels) > 3
+def test_as_many_true_as_false_of_every_sentence(built: Path) -> None:
+    """So that nobody who reads the words alone can be right more often than by chance."""
+    for split in (
+        "target/{}/snli_ve_train",
+        "target/{}/snli_ve_dev",
+        "target/{}/snli_ve_test",
+        "pretrain/{}/snli_ve_train",
+    ):
+        labels: dict[str, list[str]] = {}
+        for row in rows_of(built / f"{split.format('snli_ve_data')}.tsv"):
+            labels.setdefault(normal(row[3]), []).append(row[5])
+        assert sum(map(len, labels.values())) > 3
+        for sentence, given in labels.items():
+            assert given.count("entailment") == given.count("contradiction") == len(given) / 2, sentence
+
+
+def test_no_sentence_is_in_two_files(built: Path) -> None:
+    seen: dict[str, Path] = {}
+    for path in built.glob("*/snli_ve_data/*.tsv"):
+        for sentence in {normal(row[3]) for row in rows_of(path)}:
+            assert seen.setdefault(sentence, path) == path, sentence
+
+
+def test_no_two_files_have_the_same_things_in_three_boxes(built: Path) -> None:
+    """In whatever order the boxes stand."""
+    seen: dict[tuple[str, ...], Path] = {}
+    for path in built.glob("target/snli_ve_data/*.tsv"):
+        for premise in {row[4] for row in rows_of(path)}:
+            boxes = tuple(sorted(part.split(" box ")[1] for part in premise.split(" . ")))
+            if "tower" in premise:  # a tower's words are all there is to it; scattered things also have places
+                assert seen.setdefault(boxes, path) == path, premise
+
+
+COLOURS = {"yellow": "Yellow", "blue": "#0099ff", "black": "Black"}
+NUMBERS = {"a": 1, "one": 1, "two": 2, "three": 3}
+SIMPLE = re.compile(
+    r"there (?:is|are) (?P<how>exactly |at least |)(?P<n>a|one|two|three|\d) (?P<colour>yellow|blue|black) "
+    r"(?P<shape>block|square|circle|triangle|item|object)s?(?: (?P<edge>not touching|touching) the \w+)?"
+)
+ENDED = re.compile(
+    r"there (?:is|are) (?P<how>exactly |at least |)(?P<n>a|one|two|three|\d) (?:tower|box)(?:e?s)? "
+    r"with a (?P<colour>yellow|blue|black) (?:block|item) at the (?P<end>top|base)"
+)
+
+
+def claimed(text: str, boxes: Any) -> bool | None:
+    """What the plainest statements say, counted in NLVR's own record; ``None`` for others."""
+    if found := SIMPLE.fullmatch(text):
+        shape, edge = found["shape"], found["edge"]
+        things = [o for box in boxes for o in box if o["color"] == COLOURS[found["colour"]]]
+        if shape in ("square", "circle", "triangle"):
+            things = [o for o in things if o["type"] == shape]
+        if edge:
+            ends = [(o["x_loc"], o["y_loc"], o["x_loc"] + o["size"], o["y_loc"] + o["size"]) for o in things]
+            things = [e for e in ends if (min(e) <= 0 or max(e) >= 100) == (edge == "touching")]
+        count = len(things)
+    elif found := ENDED.fullmatch(text):
+        end = max if found["end"] == "base" else min
+        count = sum(end(box, key=lambda o: o["y_loc"])["color"] == COLOURS[found["colour"]] for box in boxes if box)
+    else:
+        return None
+    n = NUMBERS.get(found["n"]) or int(found["n"])
+    return count >= n if found["how"] == "at least " or found["n"] == "a" else count == n
 
 
 def test_statements_are_what_they_claim(script: Any) -> None:
-    import gzip
-    import json
-    import random
-
     with gzip.open(DATA / "nlvr" / "examples.json.gz", "rt") as file:
-        record = json.load(file)[0]
-    shown = script.things(record["rep"], record["perm"])
-    rng = random.Random(0)
-    for number in range(200):
-        truth = bool(number % 2)
-        words = script.statement(record, truth, rng).split()
-        side = words[words.index("the") + 1] if "the" in words else None
-        kind = [w.removesuffix("s") for w in words[3 : words.index("in") if side else None]]
-        colour, shape = kind if len(kind) == 2 else ["", kind[0]]
-        count = sum(
-            (not colour or t.colour == colour) and (shape in (t.shape, "object")) and side in (None, t.side)
-            for t in shown
-        )
-        said = count > 0 if words[2] == "a" else count == script.WORDS.index(words[2])
-        assert said == truth, words
+        records = json.load(file)
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    found = script.statements_about(records, 3000, {"there is a black block"}, rng)
+    checked = []
+    for record, text, truth in found:
+        if (claim := claimed(text, record["rep"])) is not None:
+            assert claim == truth, f"seed {seed}: {text}: {record['rep']}"
+            checked.append(text)
+    truths: dict[str, list[bool]] = {}
+    for _, text, truth in found:
+        truths.setdefault(text, []).append(truth)
+    assert "there is a black block" not in truths
+    assert all(sum(given) == len(given) / 2 for given in truths.values()), f"seed {seed}: words give the truth away"
+    assert len(checked) > 300
+    for words in (" touching ", " not touching ", " at the top", " at the base", "exactly", "at least"):
+        assert any(words in text for text in checked)
+
+
+def test_premises_name_the_contents(script: Any) -> None:
+    square = {"type": "square", "size": 20, "x_loc": 40}
+    tower = [
+        [{**square, "y_loc": 59, "color": "Black"}, {**square, "y_loc": 80, "color": "Yellow"}],
+        [{**square, "y_loc": 80, "color": "#0099ff"}],
+        [{**square, "y_loc": 80, "color": "Yellow"}],
+    ]
+    said = script.premise({"rep": tower, "perm": 1})  # this order has the third box in the middle
+    assert said == "left box tower yellow black . middle box tower yellow . right box tower blue"
+    lying = [[{"type": "circle", "size": 10, "x_loc": 30, "y_loc": y, "color": "Black"} for y in (0, 40, 60)], [], []]
+    said = script.premise({"rep": lying, "perm": 0})
+    assert said.startswith("left box two black circle and one black circle touching . middle box")
 
 
 def test_the_same_seed_writes_the_same_files(script: Any, built: Path, tmp_path: Path) -> None:
-    script.build(DATA, tmp_path, train=24, test=12)
+    script.build(DATA, tmp_path, train=24, test=30)
     for path in built.rglob("*.tsv"):
         assert path.read_bytes() == (tmp_path / path.relative_to(built)).read_bytes()
 
