@@ -16,11 +16,14 @@ from typer.testing import CliRunner
 
 from pituning.cli import app
 from pituning.cli.interpolate import Granularity, TrainMode
+from pituning.cli.options import PromptTypeName, TaskKind
 from pituning.cli.rank import Reference
 from pituning.experts import Expert, ExpertPool
 from pituning.interpolation.build import GRANULARITIES
 from pituning.interpolation.mixture import TRAIN_MODES
 from pituning.similarity.embedding import REFERENCES
+from pituning.tasks import KINDS
+from pituning.tasks.kind import DECODER_PROMPTS
 from pituning.training.crossfit import Search
 from pituning.training.interpolate import choose
 from pituning.version import __version__
@@ -157,6 +160,8 @@ finally:
         assert set(get_args(TrainMode)) == set(TRAIN_MODES)
         assert get_args(Granularity) == GRANULARITIES
         assert set(get_args(Reference)) == set(REFERENCES)
+        assert set(get_args(TaskKind)) == {"classification", *KINDS}
+        assert set(get_args(PromptTypeName)) == set(DECODER_PROMPTS)
         page = run("interpolate", "--help").stdout
         for option in ("train", "granularity", "init"):
             assert f"[default: {inspect.signature(choose).parameters[option].default}]" in page

@@ -126,9 +126,9 @@ class DataOptions:
 
         if not self.own_files:
             if self._of_columns or self._of_kinds or self.task_kind != "classification":
+                given = [*self._of_columns, *map(_option, self._of_kinds)] or ["--task-kind"]
                 raise typer.BadParameter(
-                    f"{', '.join([*self._of_columns, *self._of_kinds]) or '--task-kind'}: that describes your own data: "
-                    "add --train-file or --test-file"
+                    f"{', '.join(given)}: that describes your own data: add --train-file or --test-file"
                 )
             return load_task(name, shots=self.shots, seed=self.seed, data=self.data)
         task = self._classification(name) if self.task_kind == "classification" else self._of_kind(name)
@@ -142,14 +142,14 @@ class DataOptions:
 
     @property
     def _of_kinds(self) -> dict[str, Any]:
-        """The options given that belong to one of the paper's kinds, with the kind's name for each."""
+        """The options given that belong to one of the paper's kinds, by the names of their fields."""
         given = {
-            "--answers": self.answers,
-            "--premise": self.premise,
-            "--objects": self.objects,
-            "--prompt-type": self.prompt_type,
+            "answers": self.answers,
+            "premise": self.premise,
+            "objects": self.objects,
+            "prompt_type": self.prompt_type,
         }
-        return {option: value for option, value in given.items() if value}
+        return {name: value for name, value in given.items() if value}
 
     @property
     def own_files(self) -> dict[str, Path]:
@@ -161,7 +161,9 @@ class DataOptions:
         from pituning.tasks import task_from_files
 
         if self._of_kinds:
-            raise typer.BadParameter(f"{', '.join(self._of_kinds)}: not for files of labelled texts; see --task-kind")
+            raise typer.BadParameter(
+                f"{', '.join(map(_option, self._of_kinds))}: not for files of labelled texts; see --task-kind"
+            )
         return task_from_files(
             name,
             self.own_files,
@@ -180,9 +182,9 @@ class DataOptions:
             )
         if self.task_kind == "grounding" and all(map(has_corner_columns, self.own_files.values())):
             return grounding_from_files(name, self.own_files)
-        settings = {o.removeprefix("--").replace("-", "_"): v for o, v in self._of_kinds.items() if o != "--answers"}
+        settings = {name: value for name, value in self._of_kinds.items() if name != "answers"}
         known = {f.name for f in fields(KINDS[self.task_kind]())}
-        if wrong := [f"--{s.replace('_', '-')}" for s in settings if s not in known]:
+        if wrong := [_option(name) for name in settings if name not in known]:
             raise typer.BadParameter(f"{', '.join(wrong)}: not for {self.task_kind}")
         return task_from_records(name, KINDS[self.task_kind](**settings), self.own_files, answers=self.answers)
 
@@ -305,6 +307,11 @@ class SaveOptions:
         from pituning.experts import ExpertPool
 
         return ExpertPool(folder.parent).add(expert, folder.resolve().name)
+
+
+def _option(field: str) -> str:
+    """The option that a field is given by."""
+    return f"--{field.replace('_', '-')}"
 
 
 def comma_separated(option: str, values: str | None) -> Sequence[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +39,7 @@ def predict(
     target = source.load(task)
     examples = target.split(split, limit)
     with output.status(f"loading {model.backbone}"):
+        from pituning.experiments.cells import write_json
         from pituning.training.evaluation import predict as answer
 
         chosen = pool.expert(expert) if expert is not None else None
@@ -49,9 +49,7 @@ def predict(
     item, given = target.submission
     rows: list[dict[str, Any]] = [{item: _identifier(e.key or e.id), given: a} for e, a in found]
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{out.name}.partial")
-    unfinished.write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-    unfinished.replace(out)
+    write_json(out, rows, indent=0)
     output.result(
         {"task": task, "split": split, "expert": expert, "answers": len(rows), "file": out},
         table(

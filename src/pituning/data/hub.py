@@ -27,8 +27,8 @@ def rows_from_dataset(dataset: Any, columns: Sequence[str], where: str) -> list[
     return rows
 
 
-def load_hub_split(path: str, name: str | None, split: str, columns: Sequence[str]) -> list[Row]:
-    """Download (or take from the cache) one split of a hub data set.
+def fetch_hub_split(path: str, name: str | None, split: str) -> tuple[Any, str]:
+    """Download (or take from the cache) one split of a hub data set; the second value is what a message calls it.
 
     Raises:
         DataError: if it cannot be fetched, with the reason.
@@ -37,7 +37,16 @@ def load_hub_split(path: str, name: str | None, split: str, columns: Sequence[st
 
     where = f"{path}{'/' + name if name else ''}:{split}"
     try:
-        dataset = datasets.load_dataset(path, name, split=split)
+        return datasets.load_dataset(path, name, split=split), where
     except Exception as error:  # the library raises a dozen unrelated types for "cannot be fetched"
         raise DataError(f"{where} could not be fetched through `datasets`: {type(error).__name__}: {error}") from error
+
+
+def load_hub_split(path: str, name: str | None, split: str, columns: Sequence[str]) -> list[Row]:
+    """The named columns of one split of a hub data set.
+
+    Raises:
+        DataError: if it cannot be fetched, or lacks a column.
+    """
+    dataset, where = fetch_hub_split(path, name, split)
     return rows_from_dataset(dataset, columns, where)

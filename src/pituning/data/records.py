@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,11 +212,7 @@ class DatasetRecords(Records):
             raise DataError(f"{self.place(row, column)} is empty")
         return value
 
-    @property
+    @cached_property
     def _by_column(self) -> Mapping[str, Any]:
         """One view for each column, so that reading a text does not touch a picture."""
-        views: Mapping[str, Any] | None = self.__dict__.get("_views")
-        if views is None:
-            views = {name: self._plain.select_columns([name]) for name in self._plain.column_names}
-            object.__setattr__(self, "_views", views)
-        return views
+        return {name: self._plain.select_columns([name]) for name in self._plain.column_names}

@@ -18,6 +18,7 @@ from scipy.stats import t as student
 from pituning.backbones import Backbone, load_backbone
 from pituning.data.overlap import Overlap
 from pituning.errors import PituningError, RecipeError
+from pituning.experiments.cells import write_json
 from pituning.experiments.controls import Draw, own_cache
 from pituning.experiments.recipe import ARMS, Recipe, load_recipe
 from pituning.experiments.table_recipe import TableRecipe
@@ -82,7 +83,7 @@ def run_recipe(
     from pituning.report import write_report
 
     results["report"] = str(write_report(results, folder))
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", results)
     return results
 
 
@@ -128,7 +129,7 @@ def _cells(
             seeds = "".join(map(str, recipe.training_seeds))
             path = store / f"{recipe.digest()}.{arm}.{seed}.{seeds}.json"
             if not path.is_file():
-                _write(path, _cell(draw, arm, recipe.test_limit))
+                write_json(path, _cell(draw, arm, recipe.test_limit))
             cells[arm].append(json.loads(path.read_text(encoding="utf-8")))
     return cells
 
@@ -156,12 +157,6 @@ def _cell(draw: Draw, arm: str, limit: int | None) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def _ceiling(recipe: Recipe, backbone: Backbone, target: Task, folder: Path, step: Any) -> dict[str, Any]:
     path = folder / "cells" / f"{recipe.digest()}.ceiling.json"
     if not path.is_file():
@@ -170,7 +165,7 @@ def _ceiling(recipe: Recipe, backbone: Backbone, target: Task, folder: Path, ste
         expert = train_expert(backbone, target, recipe.method, settings=settings)
         value = evaluate(backbone, expert, target, "test", recipe.test_limit).value
         size = len(target.split("train"))
-        _write(path, {"label": f"own expert on all {size:,} training examples", "value": value})
+        write_json(path, {"label": f"own expert on all {size:,} training examples", "value": value})
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
 

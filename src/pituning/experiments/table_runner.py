@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pituning.backbones import Backbone, load_backbone
 from pituning.errors import PituningError, RecipeError, unknown_name
+from pituning.experiments.cells import write_json
 from pituning.experiments.table_recipe import BARE, PI, STAGES, Stage, TableRecipe
 from pituning.experts.expert import Expert
 from pituning.experts.pool import ExpertPool
 from pituning.problems import listed
 from pituning.similarity.embedding import pool_embedding
 from pituning.similarity.select import rank_experts
-from pituning.similarity.zero_shot import zero_shot
+from pituning.similarity.zero_shot import most_similar
 from pituning.tasks.task import Task, load_task
 from pituning.training.blend import blend
 from pituning.training.evaluation import evaluate
@@ -62,7 +62,7 @@ def run_table(
             if stage in stages:
                 getattr(run, stage)()
     results = run.results() | {"command": command, "seconds": round(time.perf_counter() - start, 1)}
-    (run.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(run.folder / "results.json", results)
     return results
 
 
@@ -162,25 +162,13 @@ class _Run:
         ).expert  # fmt: skip
 
     def _zero_shot(self, name: str) -> None:
-        if self._cell(name, BARE).is_file() and self._cell(name, PI).is_file():
-            return
-        kind = self.recipe.interpolation.kind if self.recipe.interpolation else "fisher"
         section = self.recipe.interpolation
-        method = section.method if section else next(iter(self.recipe.methods))
-        bare: dict[str, float] = {}
-        chosen: dict[str, float] = {}
-        expert = ""
-        for split, metric, column in _columns(self.recipe.tasks[name].evaluate):
-            found = zero_shot(
-                self.backbone, self.task(name), self.pool, kind=kind, method=method, split=split, limit=self.recipe.test_limit,
-                data=self.recipe.data,
-            )  # fmt: skip
-            expert = found.chosen.name
-            bare[column] = found.backbone.metrics[metric or found.backbone.metric]
-            chosen[column] = found.expert.metrics[metric or found.expert.metric]
-        self._write(self._cell(name, BARE), {"values": bare})
-        if self.recipe.interpolation is None:
-            self._write(self._cell(name, PI), {"values": chosen, "expert": expert})
+        self._measure(name, BARE, None)
+        if section is None and not self._cell(name, PI).is_file():
+            ranking = most_similar(
+                self.backbone, self.task(name), self.pool, method=next(iter(self.recipe.methods)), data=self.recipe.data
+            )
+            self._measure(name, PI, ranking.experts[0])
 
     def _expert(self, name: str) -> Expert:
         for pool in (self.own, self.pool):
@@ -202,19 +190,23 @@ class _Run:
         self.own.add(make().with_card(name=name), name)
         return self.own.load(name)
 
-    def _measure(self, name: str, row: str, expert: Expert) -> None:
+    def _measure(self, name: str, row: str, expert: Expert | None) -> None:
+        """Keep the figures of an expert, or of the bare backbone, unless they are there."""
         path = self._cell(name, row)
         if path.is_file():
             return
         values: dict[str, float] = {}
         task = self.task(name)
-        columns = list(_columns(self.recipe.tasks[name].evaluate))
+        columns = _columns(self.recipe.tasks[name].evaluate)
         for split in dict.fromkeys(split for split, _, _ in columns):
             wanted = [(metric, column) for s, metric, column in columns if s == split]
             extra = [metric for metric, _ in wanted if metric]
             found = evaluate(self.backbone, expert, task, split, self.recipe.test_limit, metrics=extra)
             values |= {column: found.metrics[metric or found.metric] for metric, column in wanted}
-        self._write(path, {"values": values, "expert": expert.name, "card": asdict(expert.card)["lineage"]})
+        card = expert.card if expert is not None else None
+        write_json(
+            path, {"values": values, "expert": card and card.name, "lineage": list(card.lineage) if card else []}
+        )
 
     def _cell(self, task: str, row: str) -> Path:
         """The file of a row's figures for a task; changed settings have another one."""
@@ -230,12 +222,6 @@ class _Run:
 
     def _log(self, task: str, row: str) -> Path | None:
         return None if self.recipe.shots is not None else self.folder / "runs" / f"{task}-{row}"
-
-    @staticmethod
-    def _write(path: Path, values: Mapping[str, Any]) -> None:
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
 
 
 def _columns(columns: Sequence[str]) -> list[tuple[str, str, str]]:

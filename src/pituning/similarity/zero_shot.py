@@ -70,12 +70,25 @@ def zero_shot(
 
     Source: Wu et al., "π-Tuning", ICML 2023, Table 3 (zero-shot).
     """
+    ranking = most_similar(backbone, task, pool, kind=kind, method=method, data=data)
+    found = evaluate(backbone, ranking.experts[0], task, split, limit, by=by)
+    return ZeroShot(ranking, found, evaluate(backbone, None, task, split, limit, by=by))
+
+
+def most_similar(
+    backbone: Backbone,
+    task: Task,
+    pool: ExpertPool,
+    *,
+    kind: str = ZERO_SHOT_KIND,
+    method: str | None = None,
+    data: str | Path | None = None,
+) -> Ranking:
+    """The experts of a pool by their similarity to a task that has no expert of its own; arguments of :func:`zero_shot`."""
     methods = {name: pool.load(name).card.method for name in pool.names()}
     if method is None and len(set(methods.values())) > 1:
         raise RefusedError(
             f"pool {pool.folder} holds experts of {' and '.join(sorted(set(methods.values())))}: choose a method"
         )
     exclude = [name for name, found in methods.items() if method not in (None, found)]
-    ranking = rank_experts(backbone, task, pool, kind=kind, reference="shared", data=data, exclude=exclude)
-    found = evaluate(backbone, ranking.experts[0], task, split, limit, by=by)
-    return ZeroShot(ranking, found, evaluate(backbone, None, task, split, limit, by=by))
+    return rank_experts(backbone, task, pool, kind=kind, reference="shared", data=data, exclude=exclude)

@@ -9,7 +9,7 @@ from pituning.data.cleaning import clean_answer
 from pituning.data.records import JOINT, Records
 from pituning.errors import DataError
 from pituning.example import Example
-from pituning.tasks.kind import Kind
+from pituning.tasks.kind import Kind, key_of
 
 PROMPT = " what does the image describe?"
 MAX_WORDS = 20  # of a caption that is learned
@@ -44,5 +44,5 @@ class Captioning(Kind):
             clean_answer(captions[0], MAX_WORDS) if captions else "",
             image=records.image(row, "image"),
             answers=tuple((caption, 1.0) for caption in captions),
-            key=records.text(row, "key") if "key" in records.columns() else "",
+            key=key_of(records, row),
         )

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from pituning.data.cleaning import clean_caption
 from pituning.data.records import Records
 from pituning.example import Example
-from pituning.tasks.kind import Kind, PromptType, decoder_prompt, filled, label_text
+from pituning.tasks.kind import Kind, PromptType, decoder_prompt, filled, key_of, label_text
 
 MAX_WORDS = 80
 ANSWERS = ("no", "yes", "maybe")
@@ -51,7 +51,7 @@ class VisualEntailment(Kind):
             ANSWERS,
             image=records.image(row, "image"),
             decoder_prompt=decoder_prompt(self.prompt_type),
-            key=records.text(row, "key") if "key" in records.columns() else "",
+            key=key_of(records, row),
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pituning.data.records import DatasetRecords, Records, TableRecords, TsvRecords
-from pituning.data.tables import SUFFIXES, Row, read_table
+from pituning.data.tables import Row, read_table
 from pituning.errors import DataError
 from pituning.tasks.image_classification import class_name
 from pituning.tasks.kind import Kind
@@ -46,7 +46,7 @@ def records_from_file(path: str | Path, kind: Kind) -> Records:
     file = TsvFile(path)
     header = file.cells(0, range(file.column_count))
     names = _named(kind, header)
-    if all(c in names for c in kind.columns if c not in kind.optional):
+    if not kind.missing(names):
         return TsvRecords(file, {c: header.index(n) for c, n in names.items()}, first=1)
     positions = {c: p for c, p in kind.columns.items() if p < file.column_count}
     _require(kind, positions, path, f"{file.column_count} columns")
@@ -200,8 +200,7 @@ def _named(kind: Kind, names: Sequence[str]) -> dict[str, str]:
 
 
 def _require(kind: Kind, found: Mapping[str, Any], where: str | Path, there: str) -> None:
-    missing = [c for c in kind.columns if c not in found and c not in kind.optional]
-    if not missing:
+    if not (missing := kind.missing(found)):
         return
     layout = ", ".join(f"{c} ({p})" for c, p in sorted(kind.columns.items(), key=lambda item: item[1]))
     other = ", ".join("/".join((c, *kind.aliases.get(c, ()))) for c in kind.columns)
@@ -217,15 +216,3 @@ def _root_of(folder: Path, image: str, place: str) -> Path:
             if (root / image).is_file():
                 return root
     raise DataError(f"{place}: there is no picture {image} in {folder} or in its folders")
-
-
-__all__ = [
-    "SUFFIXES",
-    "aircraft_split",
-    "classes_of",
-    "coop_split",
-    "image_folder",
-    "read_answer_set",
-    "records_from_dataset",
-    "records_from_file",
-]

@@ -18,6 +18,7 @@ from pituning.tasks.kind import Kind, PromptType, decoder_prompt, filled, label_
 
 MAX_WORDS = 512
 YES_NO = ("no", "yes")
+ENTAILED = MappingProxyType({"0": "no", "1": "yes", "not_entailment": "no", "entailment": "yes"})
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class QNLI(_Glue):
     metrics = ("accuracy",)
     texts = ("question", "sentence")
     question = ' does " {sentence} " contain the answer to question " {question} "?'
-    labels = MappingProxyType({"0": "no", "1": "yes", "not_entailment": "no", "entailment": "yes"})
+    labels = ENTAILED
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class RTE(_Glue):
     metrics = ("accuracy",)
     texts = ("premise", "hypothesis")
     question = ' can text1 " {premise} " imply text2 " {hypothesis} "?'
-    labels = MappingProxyType({"0": "no", "1": "yes", "not_entailment": "no", "entailment": "yes"})
+    labels = ENTAILED
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pituning.data.records import Records
 from pituning.data.tables import SUFFIXES, read_table
 from pituning.errors import DataError
 from pituning.example import Box, Example, ImageSource
-from pituning.tasks.kind import Kind, filled
+from pituning.tasks.kind import Kind, filled, key_of
 from pituning.tasks.task import Task
 
 MAX_WORDS = 80
@@ -51,7 +51,7 @@ class Grounding(Kind):
             box_text(box),
             image=records.image(row, "image"),
             box=box,
-            key=records.text(row, "key") if "key" in records.columns() else "",
+            key=key_of(records, row),
         )
 
 

@@ -6,9 +6,8 @@ they are asked for, so that a file of 100 GB is opened in an instant and read by
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, overload
@@ -59,6 +58,10 @@ class Kind(ABC):
             DataError: names the place of a row that cannot be used.
         """
 
+    def missing(self, columns: Collection[str]) -> list[str]:
+        """The logical columns that a source needs and lacks."""
+        return [c for c in self.columns if c not in columns and c not in self.optional]
+
     def task(self, name: str, splits: Mapping[str, Records]) -> Task:
         """A task whose splits are read from these rows when they are needed.
 
@@ -66,8 +69,7 @@ class Kind(ABC):
             DataError: if a split lacks a column.
         """
         for split, records in splits.items():
-            missing = [c for c in self.columns if c not in self.optional and c not in records.columns()]
-            if missing:
+            if missing := self.missing(records.columns()):
                 raise DataError(
                     f"task {name!r}, split {split!r}: no column {missing[0]!r}; there are {', '.join(records.columns())}"
                 )
@@ -84,10 +86,7 @@ class Kind(ABC):
 
 @dataclass(frozen=True)
 class LazyExamples(Sequence[Example]):
-    """Examples of one split, each made from its row when it is asked for; the row's number ends its id.
-
-    A tuple of examples that behaves as one: :class:`pituning.Task` takes either.
-    """
+    """Examples of one split, each made from its row when it is asked for; the row's number ends its id."""
 
     kind: Kind
     records: Records = field(repr=False)
@@ -108,10 +107,9 @@ class LazyExamples(Sequence[Example]):
             raise IndexError(f"{self.prefix} has {len(self)} examples, no number {index}")
         return self.kind.example(self.records, row, f"{self.prefix}/{row}")
 
-    def sample(self, count: int) -> tuple[Example, ...]:
-        """The same ``count`` examples as :meth:`pituning.Task.split` draws, without making the others."""
-        digests = {row: hashlib.sha256(f"{self.prefix}/{row}".encode()).digest() for row in range(len(self))}
-        return tuple(self[row] for row in sorted(digests, key=digests.__getitem__)[:count])
+    def ids(self) -> list[str]:
+        """The ids of all examples, without making them."""
+        return [f"{self.prefix}/{row}" for row in range(len(self))]
 
 
 def decoder_prompt(prompt_type: str) -> DecoderPrompt:
@@ -138,6 +136,11 @@ def filled(records: Records, row: int, column: str) -> str:
     if not text:
         raise DataError(f"{records.place(row, column)}: the {column} is empty")
     return text
+
+
+def key_of(records: Records, row: int) -> str:
+    """What the data's own evaluation calls a row; empty where the source does not say."""
+    return records.text(row, "key") if "key" in records.columns() else ""
 
 
 def label_text(labels: Mapping[str, str], records: Records, row: int, column: str = "label") -> str:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pituning.data.hub import fetch_hub_split
 from pituning.data.records import Records
-from pituning.errors import DataError
+from pituning.data.tables import SUFFIXES as TABLES
+from pituning.errors import DataError, unknown_name
 from pituning.tasks.captioning import Captioning
 from pituning.tasks.entailment import VisualEntailment
 from pituning.tasks.files import (
@@ -30,7 +32,7 @@ from pituning.tasks.task import Task
 from pituning.tasks.vqa import VQA
 
 VQA_ANSWERS = ("trainval_ans2label.pkl", "answers.txt")
-SUFFIXES = (".tsv", ".csv", ".jsonl", PARQUET)
+SUFFIXES = (*TABLES, PARQUET)
 
 KINDS: Mapping[str, Callable[..., Kind]] = {
     "grounding": Grounding,
@@ -116,21 +118,9 @@ class PaperTask:
         return with_answers(self.kind, splits, None if path is None else read_answer_set(path))
 
     def _from_hub(self) -> dict[str, Records]:
-        import datasets
-
         assert self.hub is not None
-        path, name = self.hub
-        splits: dict[str, Records] = {}
-        for split, remote in self.hub_splits.items():
-            where = f"{path}{'/' + name if name else ''}:{remote}"
-            try:
-                dataset = datasets.load_dataset(path, name, split=remote)
-            except Exception as error:  # the library raises a dozen unrelated types for "cannot be fetched"
-                raise DataError(
-                    f"{where} could not be fetched through `datasets`: {type(error).__name__}: {error}"
-                ) from error
-            splits[split] = records_from_dataset(dataset, self.kind, where)
-        return splits
+        fetched = {split: fetch_hub_split(*self.hub, remote) for split, remote in self.hub_splits.items()}
+        return {split: records_from_dataset(dataset, self.kind, where) for split, (dataset, where) in fetched.items()}
 
 
 def with_answers(kind: Kind, splits: Mapping[str, Records], answers: Sequence[str] | None = None) -> Kind:
@@ -164,8 +154,6 @@ def task_from_records(
         UnknownNameError: for another kind.
         DataError: if a file cannot be used.
     """
-    from pituning.errors import unknown_name
-
     if isinstance(kind, str):
         if kind not in KINDS:
             raise unknown_name("kind of task", kind, KINDS)

@@ -20,11 +20,11 @@ SPLITS = ("train", "dev", "test")
 
 
 @runtime_checkable
-class Sampled(Protocol):
-    """Examples that can draw a fixed sample of themselves without making the others."""
+class Identified(Protocol):
+    """Examples that know all their ids without being made."""
 
-    def sample(self, count: int) -> tuple[Example, ...]:
-        """The ``count`` examples whose ids have the smallest SHA-256."""
+    def ids(self) -> list[str]:
+        """The ids, in the examples' order."""
         ...
 
 
@@ -66,10 +66,9 @@ class Task:
         examples = self.splits[name]
         if limit is None or limit >= len(examples):
             return examples
-        if isinstance(examples, Sampled):
-            return examples.sample(limit)
-        order = sorted(examples, key=lambda e: hashlib.sha256(e.id.encode()).digest())
-        return tuple(order[:limit])
+        ids = examples.ids() if isinstance(examples, Identified) else [e.id for e in examples]
+        order = sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
+        return tuple(examples[i] for i in order[:limit])
 
     def few_shot(self, shots: int, seed: int = 0) -> Task:
         """The same task with ``shots`` labelled examples per class (or in all, where there are none) of the training split.

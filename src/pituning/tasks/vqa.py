@@ -11,7 +11,7 @@ from pituning.data.records import JOINT, Records
 from pituning.errors import DataError
 from pituning.example import Example
 from pituning.metrics.vqa import soft_answers
-from pituning.tasks.kind import Kind, PromptType, decoder_prompt, filled
+from pituning.tasks.kind import Kind, PromptType, decoder_prompt, filled, key_of
 
 MAX_WORDS = 80
 MAX_OBJECTS = 30
@@ -64,7 +64,7 @@ class VQA(Kind):
             answers=answers,
             weight=weight,
             decoder_prompt=decoder_prompt(self.prompt_type),
-            key=records.text(row, "key") if "key" in records.columns() else "",
+            key=key_of(records, row),
         )
 
 

@@ -84,7 +84,7 @@ def evaluate(
         RefusedError: if a metric does not fit the task's answers, or the backbone cannot give such answers.
         UnknownNameError: if there is no metric of that name.
     """
-    examples = task.split(split, limit)
+    examples = tuple(task.split(split, limit))  # made once, their pictures only when they are opened
     wanted = [metric_named(name) for name in dict.fromkeys((task.metric, *task.more_metrics, *metrics))]
     kind = _answer_kind(task, examples)
     truths = {metric.name: _truth(metric, task, kind, examples) for metric in wanted}
@@ -120,7 +120,7 @@ def predict(
     Raises:
         as :func:`evaluate`.
     """
-    examples = task.split(split, limit)
+    examples = tuple(task.split(split, limit))
     kind: Answers = "box" if metric_named(task.metric).answers == "box" else "choice" if task.choices else "text"
     with _carried(backbone, expert):
         _, found = _answers(backbone, task, examples, kind, by, losses=False)

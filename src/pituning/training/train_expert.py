@@ -108,9 +108,8 @@ def fold_experts(
     trained_as, initial = start_of(backbone, own)
     known = {f.name for f in fields(TrainSettings)}
     recorded = {k: v for k, v in own.card.training.items() if k in known}
-    if (
-        not {"learning_rate", "steps", "batch_size"} <= recorded.keys()
-    ):  # what a later version added has harmless defaults
+    # what a later version added has harmless defaults
+    if not {"learning_rate", "steps", "batch_size"} <= recorded.keys():
         raise PituningError(
             f"the card of expert {own.name!r} does not say how it was trained, so it cannot be retrained without a fold; "
             "use an own expert from train_expert"

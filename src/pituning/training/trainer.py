@@ -135,9 +135,8 @@ class MixtureTrainer(Trainer):
 
     def __init__(self, backbone: Backbone, settings: TrainSettings, **options: Any) -> None:
         super().__init__(**options)
-        self.model_accepts_loss_kwargs = (
-            False  # the loss is a mean over its batch: to be divided by the batches of a step
-        )
+        # the loss is a mean over its batch: to be divided by the batches of a step
+        self.model_accepts_loss_kwargs = False
         self.backbone = backbone
         self.settings = settings
 

@@ -204,10 +204,12 @@ class OFABackbone(Backbone):
         return self.processor.encode(text if text.startswith(" ") else f" {text}")
 
     def _target(self, example: Example, size: tuple[int, int] | None) -> list[int] | None:
+        if not example.target:
+            return None
         if example.box is None:
             if example.choices:
-                return self._answer(example.target) if example.target else None
-            return self.processor.encode(example.before_target + example.target.lstrip()) if example.target else None
+                return self._answer(example.target)
+            return self.processor.encode(example.before_target + example.target.lstrip())
         if size is None:
             raise RefusedError(f"example {example.id!r} has a box but no image")
         return self.processor.encode_box(example.box, size)
