@@ -14,6 +14,7 @@ from tests.pointing import pointing, write_grounding
 
 __all__ = ["short_search"]
 
+CORNERS = "a grounding file with corners"
 GROUNDING = ["--task-kind", "grounding"]
 
 
@@ -81,10 +82,13 @@ def test_a_backbone_that_cannot_see_refuses(tmp_path: Path, t5: Backbone, monkey
         ["train", "mine", *GROUNDING, "--train-file", "a.tsv", *LABELS],
         ["rank", "mine", *GROUNDING, "--train-file", "a.tsv", "--text-column", "phrase"],
         ["eval", "mine", "--task-kind", "pointing", "--test-file", "a.tsv"],
+        ["eval", "mine", *GROUNDING, "--test-file", CORNERS, "--prompt-type", "src"],
+        ["eval", "mine", *GROUNDING, "--test-file", CORNERS, "--answers", "a.txt"],
     ],
 )
-def test_wrong_use_ends_with_2(arguments: list[str]) -> None:
-    assert "Error" in run(*arguments, code=2).stderr
+def test_wrong_use_ends_with_2(arguments: list[str], tmp_path: Path) -> None:
+    files = {CORNERS: str(write_grounding(tmp_path, 3))}
+    assert "Error" in run(*(files.get(a, a) for a in arguments), code=2).stderr
 
 
 @pytest.mark.parametrize("verb", ["train", "embed", "rank", "interpolate", "eval", "pool audit"])

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pituning.data.images import open_image
-from pituning.errors import DataError, UnknownNameError
+from pituning.errors import DataError, RefusedError, UnknownNameError
 from pituning.tasks import VQA, Grounding, ImageClassification, VisualEntailment, load_task, task_from_records
 from pituning.tasks.files import coop_split, image_folder, read_answer_set, records_from_file
 from pituning.tasks.glue import QQP, CoLA
@@ -271,3 +271,8 @@ class TestAnswerSets:
         images = write(tmp_path / "b.tsv", [[encoded("red"), "0", "red"]])
         found = task_from_records("own", ImageClassification(), {"test": images}, answers=("red", "blue"))
         assert found.choices == ("red", "blue")
+
+    def test_answers_are_refused_where_there_is_no_closed_set(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.tsv", [["0", "a text", "1"]])
+        with pytest.raises(RefusedError, match="CoLA has no answer set of its own to give"):
+            task_from_records("own", CoLA(), {"test": path}, answers=["yes", "no"])

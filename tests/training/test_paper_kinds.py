@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from pituning import evaluate, predict, train_expert
+from pituning import blend, evaluate, predict, train_expert
 from pituning.backbones.base import Backbone
 from pituning.data.records import TableRecords
 from pituning.errors import DataError, RefusedError, UnknownNameError
 from pituning.tasks import VQA, Summarisation, Task
 from pituning.tasks.glue import MNLI, MRPC, CoLA
+from pituning.training.evaluation import mean_log_loss
 from pituning.training.trainer import TrainSettings
 from tests.backbones.ofa.conftest import build_backbone
 
@@ -98,3 +99,33 @@ def test_what_has_no_answer_is_not_evaluated(bert: Backbone) -> None:
     with pytest.raises(DataError, match="'mine/test/1' has no right answer"):
         evaluate(bert, None, task)
     assert len(predict(bert, None, task)) == 2
+
+
+@pytest.mark.parametrize("family", ["encoder", "seq2seq", "ofa"])
+def test_nothing_is_learned_from_an_example_without_an_answer(bert: Backbone, t5: Backbone, family: str) -> None:
+    """An encoder-decoder would learn to end at once."""
+    task = task_of(CoLA(), [{"sentence": "ba", "label": "1"}, {"sentence": "de", "label": ""}])
+    backbone = backbone_named(family, bert, t5)
+    with pytest.raises(DataError, match="example 'mine/train/1' has no answer"):
+        train_expert(backbone, task, "bottleneck", settings=TrainSettings(steps=2, batch_size=2), r=2)
+    with pytest.raises(DataError, match="example 'mine/train/1' has no answer"):
+        mean_log_loss(backbone, task.split("train"))
+
+
+def test_questions_of_dev_that_cannot_be_answered_do_not_choose_the_best_state(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": w, "answer": "1.0|!+yes"} for w in WORDS]
+    records = TableRecords([(f"r:{n}", row) for n, row in enumerate(rows)], tmp_path)
+    dev = TableRecords([*records.rows, ("r:6", {**rows[0], "answer": "1.0|!+teal"})], tmp_path)
+    backbone = build_backbone(max_target_positions=128)
+    settings = TrainSettings(steps=2, batch_size=4, keep_best=True)
+    losses = []
+    for held_out in (records, dev):
+        task = VQA(("no", "yes")).task("mine", {"train": records, "dev": held_out})
+        expert = train_expert(backbone, task, "bottleneck", settings=settings, r=2)
+        losses.append(expert.card.metrics["dev log-loss"])
+        blended = blend(backbone, task, [expert], settings=settings)
+        losses.append(blended.expert.card.metrics["dev log-loss"])
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)

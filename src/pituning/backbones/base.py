@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pituning.errors import PituningError, RefusedError
+from pituning.errors import DataError, PituningError, RefusedError
 from pituning.example import Box, Example
 
 if TYPE_CHECKING:
@@ -166,6 +166,17 @@ def require_text_only(backbone: Backbone, examples: Sequence[Example]) -> None:
             raise RefusedError(
                 f"example {example.id!r} has an image, and backbone {backbone.name!r} reads text alone; use an OFA backbone"
             )
+
+
+def require_targets(examples: Sequence[Example]) -> None:
+    """Raise if an example has no right answer: some backbones would take that for an empty one.
+
+    Raises:
+        DataError: names the first such example.
+    """
+    for example in examples:
+        if not example.target:
+            raise DataError(f"example {example.id!r} has no answer, so it can be answered, but not learned or scored")
 
 
 def common_choices(examples: Sequence[Example]) -> tuple[str, ...]:

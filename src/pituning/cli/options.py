@@ -180,12 +180,13 @@ class DataOptions:
             raise typer.BadParameter(
                 f"the columns of a {self.task_kind} file have fixed names or places: leave out {', '.join(self._of_columns)}"
             )
+        closed = {"answers"} if self.task_kind in ("vqa", "image-classification") else set()
+        known = {f.name for f in fields(KINDS[self.task_kind]())} | closed
+        if wrong := [_option(name) for name in self._of_kinds if name not in known]:
+            raise typer.BadParameter(f"{', '.join(wrong)}: not for {self.task_kind}")
         if self.task_kind == "grounding" and all(map(has_corner_columns, self.own_files.values())):
             return grounding_from_files(name, self.own_files)
         settings = {name: value for name, value in self._of_kinds.items() if name != "answers"}
-        known = {f.name for f in fields(KINDS[self.task_kind]())}
-        if wrong := [_option(name) for name in settings if name not in known]:
-            raise typer.BadParameter(f"{', '.join(wrong)}: not for {self.task_kind}")
         return task_from_records(name, KINDS[self.task_kind](**settings), self.own_files, answers=self.answers)
 
     def _label_texts(self) -> dict[str, str]:

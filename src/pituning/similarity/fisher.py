@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pituning.backbones.base import IMAGE_BATCH_SIZE, Backbone, common_choices
+from pituning.backbones.base import IMAGE_BATCH_SIZE, Backbone, common_choices, require_targets
 from pituning.errors import DataError, RefusedError
 from pituning.example import Example
 from pituning.experts.expert import Expert
@@ -69,7 +69,7 @@ def fisher_diagonal(
         sums per tensor under PEFT's file key names, shapes as the tensors'.
 
     Raises:
-        DataError: if there are no examples.
+        DataError: if there are no examples, or one has no answer where ``labels`` are the true ones.
         RefusedError: if a tensor belongs to a kind of layer that has no per-example gradient here, or to a prefix with
             projection; for ``labels="model"`` on examples with boxes.
     """
@@ -77,6 +77,8 @@ def fisher_diagonal(
         raise RefusedError(f"labels must be one of {', '.join(LABEL_SOURCES)}, not {labels!r}")
     if not examples:
         raise DataError("there are no examples to estimate the Fisher information on")
+    if labels == "true":
+        require_targets(examples)
     expert.require_backbone(backbone)
     if not is_folded(expert.config):
         raise RefusedError(

@@ -10,7 +10,7 @@ from typing import Any
 from pituning.data.hub import fetch_hub_split
 from pituning.data.records import Records
 from pituning.data.tables import SUFFIXES as TABLES
-from pituning.errors import DataError, unknown_name
+from pituning.errors import DataError, RefusedError, unknown_name
 from pituning.tasks.captioning import Captioning
 from pituning.tasks.entailment import VisualEntailment
 from pituning.tasks.files import (
@@ -130,12 +130,17 @@ def with_answers(kind: Kind, splits: Mapping[str, Records], answers: Sequence[st
 
     Raises:
         DataError: if the answers are to be taken from training rows and there are none.
+        RefusedError: if answers are given to a kind that has them already, or has none to be given.
     """
     if isinstance(kind, ImageClassification) and not kind.classes:
         given = [] if answers is None else answers
         return replace(kind, classes=tuple(given) or classes_of(splits))
     if isinstance(kind, VQA) and not kind.answer_set:
         return replace(kind, answer_set=tuple(answers) if answers is not None else _training_answers(kind, splits))
+    if answers is not None:
+        raise RefusedError(
+            f"{type(kind).__name__} has no answer set of its own to give, or has one already: leave it out"
+        )
     return kind
 
 

@@ -15,7 +15,7 @@ from pituning.interpolation.collapse import collapse
 from pituning.interpolation.mixture import Mixture
 from pituning.tasks.task import Task
 from pituning.training.starts import blend_start, expert_log_loss, initial_weights, require_consistent
-from pituning.training.train_expert import DEV_LIMIT
+from pituning.training.train_expert import dev_examples
 from pituning.training.trainer import TrainSettings, fit, settings_dict
 
 
@@ -117,10 +117,9 @@ def blend(
     start = blend_start(backbone, members, weights, train=train, granularity=granularity, temperature=temperature)
     mixture, config = start(None)
     settings = settings.with_(seed=seed)
-    held_out = task.split("dev", DEV_LIMIT) if task.splits.get("dev") and task.shots is None else ()
     result = fit(
         backbone, mixture, config, task.split("train"), settings,
-        held_out=held_out, folder=folder, resume=resume, progress=progress,
+        held_out=dev_examples(task), folder=folder, resume=resume, progress=progress,
     )  # fmt: skip
     card = blended_card(backbone, task, members, mixture, settings, name)
     if result.held_out:

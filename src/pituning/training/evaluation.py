@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from pituning.backbones.base import IMAGE_BATCH_SIZE, Backbone, Batch, common_choices
+from pituning.backbones.base import IMAGE_BATCH_SIZE, Backbone, Batch, common_choices, require_targets
 from pituning.errors import DataError, RefusedError, unknown_name
 from pituning.example import Box, Example
 from pituning.experts.expert import Expert
@@ -229,8 +229,13 @@ def log_probabilities(
     """log p(choice | input), shape ``[examples, choices]``, of whatever the backbone carries, or of a mixture on it.
 
     Open-ended examples have one column, log p(target | input), summed over the target's tokens: shape ``[examples, 1]``.
+
+    Raises:
+        DataError: if an open-ended example has no target.
     """
     choices = common_choices(examples)
+    if not choices:
+        require_targets(examples)
     runner = model if model is not None else backbone
 
     def rows(batch: Batch, part: Sequence[Example]) -> Tensor:
@@ -292,4 +297,5 @@ def calibrated_losses(log_p: Tensor, examples: Sequence[Example]) -> Tensor:
 
 def _columns(examples: Sequence[Example]) -> Tensor:
     """Where in its row of log-probabilities each example's right answer stands."""
+    require_targets(examples)
     return torch.tensor([e.label if e.choices else 0 for e in examples])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError
+from pituning.example import Example
 from pituning.experts.expert import Expert, ExpertCard, start_of, tensor_hash
 from pituning.interpolation.build import build_mixture
 from pituning.interpolation.collapse import collapse
@@ -23,7 +24,7 @@ from pituning.training.crossfit import CrossFit, Search, cross_fit, fold_example
 from pituning.training.trainer import TrainSettings, fit, settings_dict
 
 FULL_DATA = TrainSettings(learning_rate=1e-3, epochs=2, batch_size=16, schedule="linear", keep_best=True)
-DEV_LIMIT = 400
+_DEV_LIMIT = 400
 
 
 def train_expert(
@@ -62,7 +63,7 @@ def train_expert(
     if not is_folded(config):
         record["projection"] = {"projection": True, "projection_dim": config["projection_dim"]}
     metrics: dict[str, float] = {}
-    held_out = () if task.shots is not None or not task.splits.get("dev") else task.split("dev", DEV_LIMIT)
+    held_out = dev_examples(task)
     if settings is None and task.shots is not None:
         search = search or Search()
         found = cross_fit(backbone, lambda _: start_from(initial, config), examples, search, warm=False)
@@ -91,6 +92,16 @@ def train_expert(
         training=record,
     )
     return _finished(mixture, carried, card)
+
+
+def dev_examples(task: Task) -> list[Example]:
+    """A sample of the dev split that chooses the best state of a run; none for few shots, which include validation.
+
+    Questions none of whose right answers may be given say nothing about a log-loss, and are left out.
+    """
+    if task.shots is not None or not task.splits.get("dev"):
+        return []
+    return [example for example in task.split("dev", _DEV_LIMIT) if example.target]
 
 
 def start_from(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Mixture, dict[str, Any]]:

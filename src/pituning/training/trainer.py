@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from pituning.backbones.base import Backbone
+from pituning.backbones.base import Backbone, require_targets
 from pituning.data.augment import Augmenter, augmenter
 from pituning.errors import DataError
 from pituning.example import Example
@@ -185,6 +185,7 @@ class _Collator:
         self._augmenters: dict[str, Augmenter | None] = {"": None}
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        require_targets(examples)
         weights = torch.tensor([e.weight for e in examples])
         changed = [self._augmented(e) for e in examples] if self.settings.augment else examples
         return {**self.backbone.collate(changed), WEIGHTS: weights}
