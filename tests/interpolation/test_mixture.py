@@ -89,6 +89,7 @@ def group_of(key: str, granularity: str) -> str:
     below = next((n for module, n in PROJECTIONS.items() if name.endswith("." + module)), 0)
     return {
         "model": "model",
+        "encoder-decoder": next((p for p in parts if p in ("encoder", "decoder")), "model"),
         "layer": ".".join(parts[: block + 1]),
         "attention": ".".join(parts[: len(parts) - below]),
         "module": name,
@@ -299,7 +300,8 @@ def test_weights_can_be_held(bert: Backbone, random_experts: Any, method: str, t
     experts = random_experts(bert, method, 2, 2)
     options = {"train": train, "initial": shared_start(bert, experts)}
     assert not build_mixture(experts, train_weights=False, **options)[0].alpha.requires_grad
-    assert build_mixture(experts, **options)[0].alpha.requires_grad == (train != "none")
+    free = train not in ("none", "merge-then-tune")
+    assert build_mixture(experts, **options)[0].alpha.requires_grad == free
 
 
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
@@ -474,7 +476,6 @@ class TestRefusals:
         ("options", "reason"),
         [
             ({"use_dora": True}, "use_dora"),
-            ({"lora_bias": True}, "lora_bias"),
             ({"bias": "lora_only"}, "bias='lora_only'"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ],
@@ -484,15 +485,24 @@ class TestRefusals:
     ) -> None:
         plain = random_expert(bert, "lora", 1, name="plain")
         odd = replace(random_expert(bert, "lora", 2, name="odd"), config={**plain.config, **options})
-        for experts in ([plain, odd], [odd]):
+        for experts in ([plain, odd], [odd, odd]):
             text = message(build_mixture, experts, train="none")
             assert f"expert 'odd' uses {reason}" in text
             assert "cannot be interpolated exactly" in text
+        text = message(build_mixture, [odd], [0.5], train="none", coefficients="linear")
+        assert f"expert 'odd' uses {reason}" in text
 
-    def test_a_real_dora_expert(self, bert: Backbone, message: Any) -> None:
+    def test_real_dora_experts_run_alone_only(
+        self, bert: Backbone, random_examples: Any, attached_loss: Any, mixture_loss: Any, message: Any
+    ) -> None:
         config = LoraConfig(r=2, target_modules=["query"], use_dora=True)
-        expert = Expert(initial_tensors(bert, config), config_dict(config), ExpertCard("dora"))
-        assert "expert 'dora' uses use_dora" in message(build_mixture, [expert], train="none")
+        torch.manual_seed(0)
+        tensors = {k: t + 0.1 * torch.randn_like(t) for k, t in initial_tensors(bert, config).items()}
+        expert = Expert(tensors, config_dict(config), ExpertCard("dora"))
+        assert "expert 'dora' uses use_dora" in message(build_mixture, [expert, expert], train="none")
+        examples = random_examples(4)
+        mixture, settings = build_mixture([expert], train="none")
+        assert torch.equal(mixture_loss(bert, mixture, settings, examples), attached_loss(bert, expert, examples))
 
     def test_a_tensor_that_is_no_factor(self, bert: Backbone, random_expert: Any, message: Any) -> None:
         expert = random_expert(bert, "lora", 1)
@@ -504,17 +514,17 @@ class TestRefusals:
         expert = random_expert(bert, "lora", 1)
         key = next(k for k in expert.tensors if "lora_B" in k)
         half = replace(expert, tensors={k: t for k, t in expert.tensors.items() if k != key})
-        with pytest.raises(ExpertError, match="query has only lora_A"):
+        with pytest.raises(ExpertError, match=r"query has no lora_B\.weight"):
             build_mixture([half], train="none")
 
     @pytest.mark.parametrize(
         ("weights", "said"),
         [
             ([0.5, 0.4], "sum to one"),
-            ([1.5, -0.5], "non-negative"),
+            ([1.5, -0.5], "between 0 and 1; signed weights need coefficients='linear'"),
             ([1.0], r"shape \[\d+, 1\], expected \[2\] or"),
             (torch.ones(3, 2) / 2, r"shape \[3, 2\], expected \[2\] or \[\d+, 2\]"),
-            ([math.nan, 0.5], "sum to one"),
+            ([math.nan, 0.5], "finite"),
         ],
     )
     def test_weights_that_are_none(self, bert: Backbone, random_experts: Any, weights: Any, said: str) -> None:
@@ -522,14 +532,14 @@ class TestRefusals:
             build_mixture(random_experts(bert, "bottleneck", 2), weights, train="none")
 
     def test_an_unknown_granularity(self, bert: Backbone, random_expert: Any) -> None:
-        with pytest.raises(RefusedError, match="model, layer, attention, module, tensor, not 'head'"):
+        with pytest.raises(RefusedError, match="model, encoder-decoder, layer, attention, module, tensor, not 'head'"):
             build_mixture([random_expert(bert)], granularity="head", train="none")
         with pytest.raises(RefusedError, match="not 'head'"):
             group_name("x.lora_A.weight", "head")
 
     def test_an_unknown_train_mode(self, bert: Backbone, random_expert: Any, message: Any) -> None:
         text = message(build_mixture, [random_expert(bert)], train="alpha")
-        assert "experts, shared, weights, none" in text
+        assert "experts, shared, weights, none, merge-then-tune" in text
         assert "'alpha'" in text
 
     @pytest.mark.parametrize("temperature", [0.0, -1.0])

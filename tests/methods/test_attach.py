@@ -87,7 +87,7 @@ def test_it_comes_back_where_a_tensor_does_not_fit(bert: Backbone, random_expert
         (BottleneckConfig(r=2, target_modules=["query", "intermediate"]), "layer.0.intermediate is a BertIntermediate"),
         (LoraConfig(r=2, target_modules=["query", "LayerNorm"]), "LayerNorm"),
         (BitFitConfig(target_modules=["query", "intermediate"]), "layer.0.intermediate is a BertIntermediate"),
-        (PrefixConfig(target_modules=["attention.self"]), "layer.0.attention.self is a BertSelfAttention"),
+        (PrefixConfig(target_modules=["attention.self", "intermediate"]), "layer.0.intermediate is a BertIntermediate"),
     ],
     ids=["bottleneck", "lora", "bitfit", "prefix"],
 )

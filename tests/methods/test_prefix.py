@@ -323,15 +323,6 @@ class TestRefusals:
         with pytest.raises(PituningError, match=f"method 'prefix': .*{said}"):
             make_config("prefix", ofa, **options)
 
-    def test_families_it_is_not_there_for(self, bert: Backbone, t5: Backbone) -> None:
-        with pytest.raises(RefusedError, match="'tiny-bert': prefix is not yet there for the 'encoder' family"):
-            make_config("prefix", bert)
-        with pytest.raises(RefusedError, match="not yet there for T5ForConditionalGeneration"):
-            make_config("prefix", t5)
-        with pytest.raises(PituningError, match=r"layer\.0\.SelfAttention is a T5Attention, whose forward has none"):
-            initial_tensors(t5, make_config("prefix", t5, target_modules=["SelfAttention"]))
-        t5.require_free()
-
     def test_a_decoder_length_without_a_decoder(self) -> None:
         config = PrefixConfig(decoder_length=2, target_modules=SITES)
         encoder = build_ofa(torch.float32).model.model.encoder

@@ -47,7 +47,10 @@ class Backbone(ABC):
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, *, device: str | torch.device = "cpu") -> None:
         self.name = name
         # Any: transformers adds methods that nn.Module does not declare
-        self.model: Any = model.to(device).eval().requires_grad_(False)
+        placed = (
+            model if hasattr(model, "hf_device_map") else model.to(device)
+        )  # accelerate has placed it where it may be
+        self.model: Any = placed.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint_of(self.model)
         self._occupant: PeftModel | None = None
@@ -192,13 +195,15 @@ def common_choices(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def bias_width(module: nn.Module) -> int | None:
-    """Length of the bias that a Linear or norm module has or could have; ``None`` for any other module.
+    """Length of the bias that a Linear (GPT-2: Conv1D) or norm module has or could have; ``None`` for any other module.
 
     Norms over channels (BatchNorm, GroupNorm, InstanceNorm) do not count: their bias is not along the last dimension, and
     BatchNorm belongs to a frozen image stem.
     """
     if isinstance(module, nn.Linear):
         return module.out_features
+    if type(module).__name__ == "Conv1D":  # GPT-2's Linear
+        return int(module.nf)  # type: ignore[arg-type]
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
         return None
     weight = getattr(module, "weight", None)

@@ -21,9 +21,14 @@ TEMPERATURE = (
     0.05  # τ of DESIGN §4: cosines lie within about ±0.3 of each other, softmax wants differences of several nats
 )
 
-# Query/value are the modules of the LoRA paper; the bottleneck follows the attention output and the FFN output projections.
-_LORA_TARGETS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "attn.q", "attn.v", "Wqkv")
-_BOTTLENECK_TARGETS = ("attention.output.dense", "output.dense", "attn.o", "out_lin", "lin2", "out_proj", "fc2")
+# Query/value are the modules of the LoRA paper; the bottleneck follows the attention output and the FFN output projections;
+# IA3 rescales keys, values and what goes into the FFN output projection; a prefix goes in front of self-attention.
+_TARGETS = {
+    "lora": ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "attn.q", "attn.v", "Wqkv"),
+    "bottleneck": ("attention.output.dense", "output.dense", "attn.o", "out_lin", "lin2", "out_proj", "fc2"),
+    "ia3": ("key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "attn.k", "attn.v", "output.dense", "lin2", "fc2"),
+    "prefix": ("attention.self", "self_attn", "attention"),
+}
 _UNUSED = ("pooler.dense",)  # its output takes no part in mean pooling
 
 
@@ -45,13 +50,19 @@ class EncoderBackbone(Backbone):
 
     def adaptable(self, method: str) -> list[str]:
         """See :meth:`Backbone.adaptable`."""
-        if method == "prefix":
-            raise RefusedError(f"backbone {self.name!r}: prefix is not yet there for the {self.family!r} family")
         if method == "bitfit":
             return biased_modules(self, skip=_UNUSED)
-        wanted = _LORA_TARGETS if method == "lora" else _BOTTLENECK_TARGETS
-        names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
-        present = [w for w in wanted if any(n == w or n.endswith("." + w) for n in names)]
+        if method == "prompt":
+            raise RefusedError(
+                f"backbone {self.name!r}: a soft prompt is not there for the {self.family!r} family, which reads and pools its "
+                "text in one module; prefix is"
+            )
+        names = [n for n, m in self.model.named_modules() if method == "prefix" or isinstance(m, nn.Linear)]
+        present = [w for w in _TARGETS.get(method, ()) if any(n == w or n.endswith("." + w) for n in names)]
+        if method == "prefix":
+            return present[:1]  # BERT has an "attention" around its "attention.self"
+        if method == "ia3":
+            return [n for w in present for n in ([w] if w != "output.dense" else _feedforward_outputs(names))]
         # "output.dense" is a suffix of "attention.output.dense": keep the general name only.
         return [p for p in present if not any(p != q and p.endswith("." + q) for q in present)]
 
@@ -109,3 +120,9 @@ class EncoderBackbone(Backbone):
             first, second, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
         return dict(encoded.to(self.device))
+
+
+def _feedforward_outputs(names: Sequence[str]) -> list[str]:
+    """The FFN's own modules, as ``0.output.dense``: the suffix ``output.dense`` stands for the attention's output too."""
+    ends = [".".join(n.split(".")[-3:]) for n in names if n.endswith(".output.dense")]
+    return [e for e in ends if not e.startswith("attention.")]

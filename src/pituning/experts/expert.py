@@ -21,6 +21,7 @@ from torch import Tensor
 from pituning.backbones.base import Backbone
 from pituning.errors import BackboneMismatchError, ExpertError
 from pituning.methods.attach import attached, check_tensors, initial_tensors
+from pituning.methods.tuner import OWN_TYPES
 from pituning.version import __version__
 
 SCHEMA = 1
@@ -127,7 +128,7 @@ class Expert:
         self.verify()
         folder = Path(folder)
         tensors = {k: t.detach().cpu().contiguous() for k, t in sorted(self.tensors.items())}
-        with _atomic_folder(folder) as target:
+        with atomic_folder(folder) as target:
             config = {**self.config, "base_model_name_or_path": self.card.backbone or None}
             (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             safetensors.torch.save_file(tensors, target / TENSOR_FILE, metadata={"format": "pt"})
@@ -151,8 +152,8 @@ class Expert:
                 finite; the message names it.
         """
         folder = Path(folder)
-        config = _read_json(folder / CONFIG_FILE, "this is not an expert folder")
-        tensors = _read_tensors(folder / TENSOR_FILE)
+        config = read_config(folder / CONFIG_FILE)
+        tensors = read_tensors(folder / TENSOR_FILE)
         if not (folder / CARD_FILE).is_file():
             card = ExpertCard(
                 name=folder.name,
@@ -216,7 +217,7 @@ def recover_interrupted(folder: Path) -> None:
 
 
 @contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary sibling that becomes ``folder`` when the block succeeds; its name starts with a dot."""
     if folder.exists() and not (folder / CONFIG_FILE).is_file():
         raise ExpertError(f"{folder} exists and is not an expert; it is not replaced")
@@ -251,6 +252,15 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """A PEFT configuration file as plain values.
+
+    Raises:
+        ExpertError: if there is no such file, or it is no JSON object.
+    """
+    return _read_json(path, "this is not an expert folder")
+
+
 def _read_json(path: Path, problem: str) -> dict[str, Any]:
     if not path.is_file():
         raise ExpertError(f"no such file: {path}; {problem}")
@@ -278,7 +288,12 @@ def _read_card(record: Mapping[str, Any], path: Path) -> tuple[ExpertCard, dict[
     return ExpertCard(**values), shapes
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        ExpertError: if there is no such file, or it cannot be read.
+    """
     if not path.is_file():
         raise ExpertError(f"no such file: {path}; only safetensors are read, never pickles")
     try:
@@ -290,9 +305,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _model_card(expert: Expert) -> str:
     card = expert.card
-    encoder_decoder = card.training.get("family") == "seq2seq"
-    auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModel"
-    own = "" if card.method == "lora" else "import pituning.methods  # enters the method into PEFT\n"
+    generative = {"seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
+    auto = generative.get(str(card.training.get("family")), "AutoModel")
+    foreign = expert.config.get("peft_type") not in OWN_TYPES
+    own = "" if foreign else "import pituning.methods  # enters the method into PEFT\n"
     if card.training.get("architecture") == "ofa":
         own += "import pituning.backbones.ofa.modeling  # enters OFA into transformers\n"
     lines = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,30 +12,46 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from pituning.errors import ExpertError, RefusedError
-from pituning.experts.expert import Expert
-from pituning.interpolation.mixture import TRAIN_MODES, LowRank, Mixture, ParameterMixture, ProductMixture
+from pituning.experts.expert import Expert, tensor_hash
+from pituning.interpolation.coefficients import Coefficients
+from pituning.interpolation.mixture import TRAIN_MODES, LowRank, Mixture, ParameterMixture, ProductMixture, sums_to_one
 from pituning.methods.prefix import is_folded
 
-GRANULARITIES = ("model", "layer", "attention", "module", "tensor")
+GRANULARITIES = ("model", "encoder-decoder", "layer", "attention", "module", "tensor")
+Granularity = str | Callable[[str], str]
+"""One of :data:`GRANULARITIES`, or a function from an adapted module's name to the name of its group."""
+
 PREFIX = "base_model.model."
 _ADAPTER_PART = re.compile(
     r"\.(lora_[AB]|bottleneck_(down|up)|prefix_(key|value|embedding|down|up)|bitfit_bias)(\.(weight|bias))?$"
 )
 # self_attn, cross_attn, encoder_attn, attention, SelfAttention, EncDecAttention …, but not self_attn_output or a norm
 _ATTENTION = re.compile(r"(.*_)?attn|.*attention", re.IGNORECASE)
-_LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
-# Settings, with their defaults, that say what a method's tensors do.
-_MEANING: dict[str, dict[str, Any]] = {"BOTTLENECK": {"activation": "relu", "scaling": 1.0}}
+_LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>A\.weight|B\.weight|B\.bias)$")
+# Methods whose tensors are averaged, with those settings, and their defaults, that say what the tensors do.
+MEANING: dict[str, dict[str, Any]] = {
+    "BOTTLENECK": {"activation": "relu", "scaling": 1.0},
+    "PREFIX_KV": {},
+    "SOFT_PROMPT": {},
+    "BITFIT": {},
+    "IA3": {"feedforward_modules": None},
+    "LN_TUNING": {},
+}
+ZEROS = {
+    "BITFIT": 0.0,
+    "IA3": 1.0,
+}  # methods whose experts start where they change nothing, and the value of all tensors there
 # Settings that change the base weights or the meaning of the factors have no exact product form.
-_LORA_REFUSED = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
+_LORA_REFUSED = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices")
 
 
-def group_name(key: str, granularity: str) -> str:
+def group_name(key: str, granularity: Granularity) -> str:
     """Name of the group whose weights a tensor uses.
 
-    ``model``: one group; ``layer``: one per numbered block; ``attention``: one per attention block for all of its
-    projections (what the paper's code does for LoRA), otherwise as ``module``; ``module``: one per adapted module (what
-    it does for adapters); ``tensor``: one per tensor.
+    ``model``: one group; ``encoder-decoder``: one for each of the two stacks, and ``model`` for what is in neither; ``layer``:
+    one per numbered block; ``attention``: one per attention block for all of its projections (what the paper's code does
+    for LoRA), otherwise as ``module``; ``module``: one per adapted module (what it does for adapters); ``tensor``: one per
+    tensor. A function is given the module's name and says the group's.
 
     >>> group_name("base_model.model.encoder.layer.3.output.dense.bottleneck_up.bias", "layer")
     'encoder.layer.3'
@@ -43,21 +59,29 @@ def group_name(key: str, granularity: str) -> str:
     'encoder.layer.3.output.dense'
     >>> group_name("base_model.model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "attention")
     'model.encoder.layers.0.self_attn'
+    >>> group_name("base_model.model.decoder.block.1.layer.0.SelfAttention.q.lora_A.weight", "encoder-decoder")
+    'decoder'
+    >>> group_name("base_model.model.layers.7.mlp.up_proj.lora_A.weight", lambda module: module.split(".")[-2])
+    'mlp'
     """
-    if granularity not in GRANULARITIES:
-        raise RefusedError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}")
     name = key.removeprefix(PREFIX)
-    if granularity == "model":
-        return "model"
     if granularity == "tensor":
         return name
     module = _ADAPTER_PART.sub("", name)
+    if not isinstance(granularity, str):
+        return str(granularity(module))
+    if granularity == "model":
+        return "model"
+    if granularity == "encoder-decoder":
+        return next((part for part in module.split(".") if part in ("encoder", "decoder")), "model")
     if granularity == "module":
         return module
     if granularity == "attention":
         return _attention_block(module) or module
-    block = re.match(r"^(.*?\.\d+)(\.|$)", module)
-    return block.group(1) if block else module
+    if granularity == "layer":
+        block = re.match(r"^(.*?\.\d+)(\.|$)", module)
+        return block.group(1) if block else module
+    raise RefusedError(f"granularity must be a function or one of {', '.join(GRANULARITIES)}, not {granularity!r}")
 
 
 def _attention_block(module: str) -> str | None:
@@ -69,9 +93,9 @@ def _attention_block(module: str) -> str | None:
     return None if depth is None else ".".join(parts[: depth + 1])
 
 
-def group_names(experts: Sequence[Expert], granularity: str) -> list[str]:
+def group_names(experts: Sequence[Expert], granularity: Granularity) -> list[str]:
     """Groups of a set of experts, in the order of their tensors. LoRA's two factors always share a group."""
-    return list(dict.fromkeys(group_name(key, granularity) for expert in experts for key in _units(expert)))
+    return list(dict.fromkeys(group_name(key, granularity) for expert in experts for key in _units(expert).values()))
 
 
 def is_lora(expert: Expert) -> bool:
@@ -79,12 +103,18 @@ def is_lora(expert: Expert) -> bool:
     return expert.config.get("peft_type") == "LORA"
 
 
+def _mixes_in_product_space(experts: Sequence[Expert], kind: Coefficients) -> bool:
+    """Whether these experts are LoRA's and mix as ΔW; a single one without exact product form runs as it is."""
+    return is_lora(experts[0]) and not (kind.sums_to_one and len(experts) == 1 and without_product_form(experts[0]))
+
+
 def build_mixture(
     experts: Sequence[Expert],
     weights: Tensor | Sequence[float] | None = None,
     *,
-    granularity: str = "module",
+    granularity: Granularity = "module",
     train: str = "shared",
+    coefficients: str = "softmax",
     temperature: float = 1.0,
     train_weights: bool = True,
     initial: Mapping[str, Tensor] | None = None,
@@ -94,7 +124,10 @@ def build_mixture(
     Args:
         experts: K ≥ 1 experts of one method and one backbone.
         weights: ``[K]`` for every group, or ``[groups, K]`` in the order of :func:`group_names`; uniform by default.
-        initial: for LoRA with ``train="shared"``, the method's initial tensors: they start the new factor pair δ.
+        granularity, train, coefficients, temperature: see :func:`group_name`, :class:`Mixture` and :class:`Coefficients`.
+        initial: the method's initial tensors. They start the new factor pair δ of LoRA with ``train="shared"``, and are the
+            φ_0 of weights that need not sum to one for methods other than LoRA, BitFit and IA3, which change nothing there;
+            linear weights that sum to one and are not trained need none.
 
     Raises:
         RefusedError: if the experts have no exact interpolation; the message names the experts and the reason.
@@ -103,42 +136,49 @@ def build_mixture(
         raise RefusedError("an interpolation needs at least one expert")
     if train not in TRAIN_MODES:
         raise RefusedError(f"train must be one of {', '.join(TRAIN_MODES)}, not {train!r}")
-    if temperature <= 0:
-        raise RefusedError(f"temperature must be positive, not {temperature}")
-    _require_compatible(experts)
+    kind = Coefficients(coefficients, temperature)
+    require_compatible(experts)
     names = group_names(experts, granularity)
     rows = _weight_rows(weights, len(names), experts)
+    kind.alpha(rows)  # the refusal, before anything is built
     index = {name: i for i, name in enumerate(names)}
-    if not is_lora(experts[0]):
-        groups = {key: index[group_name(key, granularity)] for key in experts[0].tensors}
+    if not _mixes_in_product_space(experts, kind):
+        groups = {key: index[group_name(unit, granularity)] for key, unit in _units(experts[0]).items()}
         tensors = [{k: e.tensors[k] for k in experts[0].tensors} for e in experts]
-        mixture: Mixture = ParameterMixture(tensors, groups, rows, train, temperature, train_weights)
+        needless = kind.sums_to_one or (train == "none" and sums_to_one(rows))
+        base = None if needless else common_start(experts, initial)
+        mixture: Mixture = ParameterMixture(tensors, groups, rows, train, kind, train_weights, base)
         return mixture, dict(experts[0].config)
     factors = [lora_factors(e) for e in experts]
     modules = {module for f in factors for module in f}
     groups = {module: index[group_name(f"{module}.lora_A", granularity)] for module in modules}
     delta = _fresh_factors(factors, initial) if train == "shared" else None
-    product = ProductMixture(factors, groups, rows, train, temperature, train_weights, delta)
+    product = ProductMixture(factors, groups, rows, train, kind, train_weights, delta)
     if product.single:
         return product, dict(experts[0].config)
-    ranks = {m: a.shape[0] for m, (a, _) in product.factors().items()}
-    return product, lora_config(ranks, experts[0].config)
+    return product, lora_config(product.factors(), experts[0].config)
+
+
+def without_product_form(expert: Expert) -> list[str]:
+    """The settings of a LoRA expert whose effect is not Σ w s B A: DoRA, trained base biases, saved modules and the like."""
+    config = expert.config
+    found = [s for s in _LORA_REFUSED if config.get(s)]
+    if config.get("bias", "none") != "none":
+        found.append(f"bias={config['bias']!r}")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        found.append(f"init_lora_weights={config['init_lora_weights']!r}")
+    return found
 
 
 def lora_factors(expert: Expert) -> dict[str, LowRank]:
     """The LoRA factors of an expert by module, each with the scaling that its own configuration gives it.
 
     Raises:
-        RefusedError: for DoRA, LoRA biases, saved modules and other settings that have no exact product form.
+        RefusedError: for DoRA, saved modules and other settings that have no exact product form.
         ExpertError: if a module lacks one of its factors.
     """
     config = expert.config
-    refused = [s for s in _LORA_REFUSED if config.get(s)]
-    if config.get("bias", "none") != "none":
-        refused.append(f"bias={config['bias']!r}")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        refused.append(f"init_lora_weights={config['init_lora_weights']!r}")
-    if refused:
+    if refused := without_product_form(expert):
         raise RefusedError(
             f"expert {expert.name!r} uses {', '.join(refused)}: its effect is not Σ w s B A, so it cannot be "
             "interpolated exactly in product space"
@@ -151,16 +191,22 @@ def lora_factors(expert: Expert) -> dict[str, LowRank]:
         halves.setdefault(match["module"], {})[match["factor"]] = tensor
     factors = {}
     for module, half in halves.items():
-        if set(half) != {"A", "B"}:
-            raise ExpertError(f"expert {expert.name!r}: module {module} has only lora_{next(iter(half))}")
-        factors[module] = LowRank(half["A"], half["B"], _scaling(config, module, half["A"].shape[0]))
+        if missing := [f for f in ("A.weight", "B.weight") if f not in half]:
+            raise ExpertError(f"expert {expert.name!r}: module {module} has no lora_{missing[0]}")
+        a, b = half["A.weight"], half["B.weight"]
+        if a.dim() != 2 or b.dim() != 2:
+            raise RefusedError(
+                f"expert {expert.name!r}: module {module} has factors {list(a.shape)} and {list(b.shape)}; only matrices "
+                "are mixed"
+            )
+        factors[module] = LowRank(a, b, _scaling(config, module, a.shape[0]), half.get("B.bias"))
     return factors
 
 
-def lora_config(ranks: Mapping[str, int], template: Mapping[str, Any]) -> dict[str, Any]:
-    """A LoRA configuration with the given rank and scaling 1 on exactly the given modules."""
+def lora_config(factors: Mapping[str, LowRank], template: Mapping[str, Any]) -> dict[str, Any]:
+    """A LoRA configuration with the ranks of the given factors and scaling 1 on exactly their modules."""
     config = dict(template)
-    names = {module.removeprefix(PREFIX): rank for module, rank in ranks.items()}
+    names = {module.removeprefix(PREFIX): f.a.shape[0] for module, f in factors.items()}
     common = max(set(names.values()), key=list(names.values()).count)
     pattern = {name: rank for name, rank in names.items() if rank != common}
     config.update(
@@ -169,6 +215,7 @@ def lora_config(ranks: Mapping[str, int], template: Mapping[str, Any]) -> dict[s
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         use_rslora=False,
+        lora_bias=any(f.bias is not None for f in factors.values()),
         target_modules=sorted(names),
         layers_to_transform=None,
         layers_pattern=None,
@@ -177,10 +224,39 @@ def lora_config(ranks: Mapping[str, int], template: Mapping[str, Any]) -> dict[s
     return config
 
 
-def _units(expert: Expert) -> list[str]:
+def common_start(experts: Sequence[Expert], initial: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """φ_0, from which weights that do not sum to one reach out.
+
+    Raises:
+        RefusedError: if the experts have none, or it is not given.
+    """
+    first = experts[0]
+    kind = str(first.config.get("peft_type"))
+    if kind in ZEROS:
+        return {k: torch.full_like(t, ZEROS[kind]) for k, t in first.tensors.items()}
+    why = "weights that do not sum to one need the experts' common start φ_0"
+    if initial is None:
+        raise RefusedError(
+            f"{why}, and method {first.card.method!r} has none by itself: pass initial=…, or use softmax"
+        )
+    shapes = {k: tuple(t.shape) for k, t in first.tensors.items()}
+    if shapes != {k: tuple(t.shape) for k, t in initial.items()}:
+        raise RefusedError(f"{why}, and the given one has not the tensors of expert {first.name!r}")
+    start = tensor_hash(initial)
+    for expert in experts:
+        if expert.card.init_hash != start:
+            raise RefusedError(
+                f"{why}: expert {expert.name!r} started from {expert.card.init_hash or 'an unknown place'}, not from the "
+                f"given {start}"
+            )
+    return dict(initial)
+
+
+def _units(expert: Expert) -> dict[str, str]:
+    """Tensor name → the name that says its group: LoRA's two factors, and what else a module of it has, share one."""
     if not is_lora(expert):
-        return list(expert.tensors)
-    return list(dict.fromkeys(f"{m['module']}.lora_A" for k in expert.tensors if (m := _LORA_KEY.match(k))))
+        return {key: key for key in expert.tensors}
+    return {key: f"{m['module']}.lora_A" if (m := _LORA_KEY.match(key)) else key for key in expert.tensors}
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -214,12 +290,15 @@ def _weight_rows(weights: Tensor | Sequence[float] | None, groups: int, experts:
         rows = rows.expand(groups, -1)
     if rows.shape != (groups, count):
         raise RefusedError(f"weights have shape {list(rows.shape)}, expected [{count}] or [{groups}, {count}]")
-    if (rows < 0).any() or not torch.allclose(rows.sum(1), rows.new_ones(groups), atol=1e-4):
-        raise RefusedError("softmax weights must be non-negative and sum to one in every group")
-    return rows / rows.sum(1, keepdim=True)
+    return rows
 
 
-def _require_compatible(experts: Sequence[Expert]) -> None:
+def require_compatible(experts: Sequence[Expert]) -> None:
+    """Raise unless the experts have a common space in which a weighted sum of them means something.
+
+    Raises:
+        RefusedError: names two experts and what differs, or the one that mixes with none.
+    """
     first = experts[0]
     for other in experts[1:]:
         if other.config.get("peft_type") != first.config.get("peft_type"):
@@ -233,6 +312,17 @@ def _require_compatible(experts: Sequence[Expert]) -> None:
             raise RefusedError(f"experts {known[0].name!r} and {other.name!r} belong to different backbones")
     if is_lora(first):
         return
+    if len(experts) > 1 and str(first.config.get("peft_type")) not in MEANING:
+        raise RefusedError(
+            f"experts of method {first.card.method!r} have no interpolation: a weighted sum of their tensors is not the "
+            f"weighted sum of what they do; of this method only one expert runs, and {len(experts)} were given"
+        )
+    for expert in experts if len(experts) > 1 else ():
+        if expert.config.get("modules_to_save"):
+            raise RefusedError(
+                f"expert {expert.name!r} holds whole modules of its own ({', '.join(expert.config['modules_to_save'])}), "
+                "such as a head: those are not averaged; leave them out on import, or use it alone"
+            )
     for other in experts[1:]:
         _require_same_meaning(first, other)
     shapes = {k: tuple(t.shape) for k, t in first.tensors.items()}
@@ -260,12 +350,17 @@ def _require_same_meaning(first: Expert, other: Expert) -> None:
                 f"expert {expert.name!r} is a prefix with projection: its network's parameters have no common space with "
                 "another's; turn it into keys and values with pituning.methods.folded(config, tensors)"
             )
-    for setting, default in _MEANING.get(str(first.config.get("peft_type")), {}).items():
+    for setting, default in MEANING.get(str(first.config.get("peft_type")), {}).items():
         mine, theirs = (e.config.get(setting, default) for e in (first, other))
-        if mine != theirs:
+        if _plain(mine) != _plain(theirs):
             raise RefusedError(
                 f"experts {first.name!r} and {other.name!r} cannot be averaged: their {setting} is {mine!r} and {theirs!r}"
             )
+
+
+def _plain(value: Any) -> Any:
+    """A setting for comparison: lists of names have no order."""
+    return sorted(value) if isinstance(value, list | tuple | set) else value
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pituning.errors import RefusedError
 from pituning.experts.expert import Expert, ExpertCard
 from pituning.interpolation.build import PREFIX, group_name, lora_config
-from pituning.interpolation.mixture import Mixture, ProductMixture
+from pituning.interpolation.mixture import Mixture, ProductMixture, lora_tensors
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,13 @@ class Collapsed:
 
 
 @torch.no_grad()
-def collapse(mixture: Mixture, config: Mapping[str, Any], card: ExpertCard, rank: int | None = None) -> Collapsed:
+def collapse(
+    mixture: Mixture,
+    config: Mapping[str, Any],
+    card: ExpertCard,
+    rank: int | None = None,
+    max_error: float | None = None,
+) -> Collapsed:
     """Fold a mixture into one expert.
 
     Args:
@@ -32,43 +38,52 @@ def collapse(mixture: Mixture, config: Mapping[str, Any], card: ExpertCard, rank
         config: the configuration that came with it.
         rank: for LoRA, the largest rank of the result; ``None`` keeps the exact rank Σ r_k. Smaller ranks are the best
             approximation of every ΔW in the Frobenius norm (Eckart–Young), by QR of the factors and a small SVD.
+        max_error: for LoRA, the smallest rank of each module whose relative Frobenius error is not larger than this.
 
     Raises:
-        RefusedError: if a rank is asked for in a method that has none.
+        RefusedError: if a rank or an error is asked for in a method that has none.
     """
     tensors = {k: t.detach().clone() for k, t in mixture().items()}
     errors = dict.fromkeys(_modules(tensors), 0.0)
     settings = dict(config)
-    if rank is not None:
+    if rank is not None or max_error is not None:
         if not isinstance(mixture, ProductMixture):
             raise RefusedError("rank applies to LoRA experts only; other methods collapse to their own shape exactly")
-        if rank < 1:
+        if rank is not None and rank < 1:
             raise RefusedError(f"rank must be at least 1, not {rank}")
-        ranks = {}
-        for module, (a, b) in mixture.factors().items():
-            small_a, small_b, errors[module] = truncate(a, b, rank)
-            tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = small_a, small_b
-            ranks[module] = small_a.shape[0]
-        settings = lora_config(ranks, config)
+        if max_error is not None and not 0 <= max_error < 1:
+            raise RefusedError(f"max_error must be at least 0 and below 1, not {max_error}")
+        small = {}
+        for module, factor in mixture.factors().items():
+            a, b, errors[module] = truncate(factor.a, factor.b, rank, max_error)
+            small[module] = replace(factor, a=a, b=b)
+        tensors, settings = lora_tensors(small), lora_config(small, config)
     size = sum(t.numel() for t in tensors.values())
     return Collapsed(Expert(tensors, settings, replace(card, parameters=size)), errors)
 
 
-def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Best rank-``rank`` factors of B A and their relative Frobenius error, without forming B A.
+def truncate(
+    a: Tensor, b: Tensor, rank: int | None = None, max_error: float | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Best factors of B A of a smaller rank, and their relative Frobenius error, without forming B A.
 
     Args:
         a: ``[R, in]``; b: ``[out, R]``.
+        rank: the largest rank allowed; ``None`` does not limit it.
+        max_error: take the smallest rank, but at least 1, that keeps the error at or below this.
 
     Returns:
-        A ``[r, in]``, B ``[out, r]`` with r = min(rank, R, in, out), and ‖BA − B'A'‖/‖BA‖.
+        A ``[r, in]``, B ``[out, r]`` with r ≤ min(rank, R, in, out), and ‖BA − B'A'‖/‖BA‖.
     """
     qb, rb = torch.linalg.qr(b.double())
     qa, ra = torch.linalg.qr(a.double().T)
     u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    kept = min(rank, len(s))
-    root = s[:kept].sqrt()
+    kept = len(s) if rank is None else min(rank, len(s))
     total = float(s.norm())
+    if max_error is not None and total:
+        left = s.square().flip(0).cumsum(0).flip(0).sqrt() / total  # the error of keeping 0, 1, 2 … of them
+        kept = min(kept, max(1, int((left > max_error).sum())))
+    root = s[:kept].sqrt()
     error = float(s[kept:].norm()) / total if total else 0.0
     return ((root[:, None] * vt[:kept]) @ qa.T).to(a), ((qb @ u[:, :kept]) * root).to(b), error
 

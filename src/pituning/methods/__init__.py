@@ -5,12 +5,14 @@ from pituning.methods.bitfit import BitFitConfig
 from pituning.methods.bottleneck import BottleneckConfig
 from pituning.methods.prefix import PrefixConfig, folded
 from pituning.methods.presets import make_config, method_names
+from pituning.methods.prompt import PromptConfig
 
 __all__ = [
     "Attached",
     "BitFitConfig",
     "BottleneckConfig",
     "PrefixConfig",
+    "PromptConfig",
     "attached",
     "config_dict",
     "folded",

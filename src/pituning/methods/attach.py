@@ -14,6 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from pituning.backbones.base import Backbone
@@ -22,6 +23,13 @@ from pituning.problems import listed, tensor_problems
 
 _PREFIX = "base_model.model."
 _ADAPTER = "default"
+_REFUSED = {
+    "ADALORA": "its ranks are allocated by calls in the middle of its own training loop; use lora with a rank_pattern",
+    "POLY": "it needs a task's number in every call",
+    "SHADOW": "it runs a second model beside the backbone",
+    "XLORA": "it is a mixture of experts on disk, not one expert's tensors; use pituning's interpolation",
+    "ADAPTION_PROMPT": "it is no tuner that goes in and comes out by layers; use prefix",
+}
 
 
 @dataclass(frozen=True)
@@ -51,27 +59,38 @@ def attached(
         tensors: the expert's tensors under PEFT's file key names; ``None`` leaves the initial values, which are a
             function of (backbone, configuration) only, so that all experts of a pool share their coordinates.
 
+    Any method of PEFT that puts layers into the model will do, if what PEFT saves of it is what is trained.
+
     Raises:
-        ExpertError: if a tensor is missing, extra, of another shape, or not finite; every one is named.
+        ExpertError: if a tensor is missing, extra, of another shape, or not finite; every one is named. Also for methods
+            without layers of their own, and for those that train the backbone's tensors or save others than they train.
     """
     backbone.require_free()
     config = peft_config(config)
+    _require_layers(config, backbone)
+    base = {id(p) for p in backbone.model.parameters()}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # transformers 5.23 deprecates an attribute that PEFT 0.21 still asks for on every get_peft_model.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        if method_type(config) == "LN_TUNING":  # PEFT looks for a norm's in_features, which LN tuning does not use
+            warnings.filterwarnings("ignore", message="Unsupported layer type", category=UserWarning)
         torch.manual_seed(_init_seed(backbone, config))
         try:
             peft_model = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
         except (ValueError, TypeError, NotImplementedError) as error:
             _strip(backbone)
             raise ExpertError(
-                f"method {config.peft_type} cannot be put on backbone {backbone.name!r}: {error}"
+                f"method {method_type(config)} cannot be put on backbone {backbone.name!r}: {error}"
             ) from error
     try:
         backbone.model.eval()
         live = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-        keys = {name: _file_key(name) for name in live}
+        _require_own(config, live, base)
+        # PEFT warns of biases in factors that it takes for broken ones, unless the state is given
+        saved = get_peft_model_state_dict(peft_model, peft_model.state_dict(), _ADAPTER, save_embedding_layers=False)
+        keys = _file_keys(live, saved)
         parameters = {keys[name]: p for name, p in live.items()}
+        _require_saved(config, parameters, saved)
         if tensors is not None:
             check_tensors({k: tuple(p.shape) for k, p in parameters.items()}, tensors)
             with torch.no_grad():
@@ -81,12 +100,59 @@ def attached(
         with backbone.occupied_by(peft_model):
             yield Attached(backbone, peft_model, parameters, live_names)
     finally:
+        _restore_copied(backbone)
         peft_model.unload()
         backbone.model.requires_grad_(False).eval()
 
 
+def _require_layers(config: PeftConfig, backbone: Backbone) -> None:
+    kind = method_type(config)
+    reason = _REFUSED.get(kind)
+    if config.is_prompt_learning:
+        reason = "it lives in PEFT's own forward pass and puts no layer into the model; use prompt or prefix"
+    if getattr(config, "trainable_token_indices", None):
+        reason = "trainable_token_indices trains rows of the embeddings, which are shared with other modules"
+    if reason:
+        raise ExpertError(f"method {kind} cannot be put on backbone {backbone.name!r}: {reason}")
+
+
+def _require_own(config: PeftConfig, live: Mapping[str, nn.Parameter], base: set[int]) -> None:
+    """An expert that trains the backbone's tensors could not be taken off again."""
+    if touched := [f"{n.removeprefix(_PREFIX)} {list(p.shape)}" for n, p in live.items() if id(p) in base]:
+        raise ExpertError(
+            f"method {method_type(config)} would train tensors of the backbone itself, which stays frozen; set bias='none', or "
+            f"use bitfit for biases:{listed(touched)}"
+        )
+
+
+def _require_saved(config: PeftConfig, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> None:
+    """Proof that a folder with the trained tensors is all that PEFT reads: neither buffers nor other names."""
+    own = {p.data_ptr() for p in parameters.values()}
+    problems = [f"PEFT saves no tensor {key} {list(p.shape)}" for key, p in parameters.items() if key not in saved]
+    problems += [
+        f"PEFT saves {key} {list(t.shape)}, which is not trained"
+        for key, t in saved.items()
+        if key not in parameters and t.data_ptr() not in own
+    ]
+    if problems:
+        hint = "; set save_projection=False, so that PEFT draws its projections from a seed" * hasattr(
+            config, "save_projection"
+        )
+        raise ExpertError(
+            f"method {method_type(config)} with these settings is more than the tensors that it trains{hint}:{listed(problems)}"
+        )
+
+
+def _restore_copied(backbone: Backbone) -> None:
+    """Put the modules of ``modules_to_save`` back: PEFT's unloading leaves their trained copies in the model."""
+    for name, module in list(backbone.model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            backbone.model.set_submodule(name, module.original_module)
+
+
 def _strip(backbone: Backbone) -> None:
     """Take out what a failed injection has left: PEFT replaces one module after the other and raises in between."""
+    _restore_copied(backbone)
     for name, module in list(backbone.model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             backbone.model.set_submodule(name, module.get_base_layer())
@@ -106,15 +172,23 @@ def peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
             f"adapter configuration has peft_type {settings.get('peft_type')!r}, which PEFT does not know"
         )
     try:
-        return PeftConfig.from_peft_type(**settings)
+        with warnings.catch_warnings():
+            # a choice that the user has made, and was warned of then: projections come from a seed
+            warnings.filterwarnings("ignore", message="Specified to not save", category=UserWarning)
+            return PeftConfig.from_peft_type(**settings)
     except (ValueError, TypeError) as error:
         raise ExpertError(f"the adapter configuration is not valid: {error}") from error
+
+
+def method_type(config: PeftConfig) -> str:
+    """PEFT's name of a configuration's method, such as ``"LORA"``."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def config_dict(config: PeftConfig) -> dict[str, Any]:
     """A PEFT configuration as plain JSON values, in a fixed order, without machine paths."""
     values = json.loads(json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
-    values["peft_type"] = str(getattr(config.peft_type, "value", config.peft_type))
+    values["peft_type"] = method_type(config)
     values["base_model_name_or_path"] = None
     return dict(sorted(values.items()))
 
@@ -147,8 +221,15 @@ def _init_seed(backbone: Backbone, config: PeftConfig) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
+def _file_keys(live: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> dict[str, str]:
+    """PEFT's file keys of the live parameters: by name, or by storage where PEFT has a name of its own (DoRA's magnitudes)."""
+    by_storage = {t.data_ptr(): key for key, t in saved.items()}
+    keys = {name: _file_key(name) for name in live}
+    return {n: k if k in saved else by_storage.get(live[n].data_ptr(), k) for n, k in keys.items()}
+
+
 def _file_key(name: str) -> str:
-    """PEFT's file key of a live parameter: the adapter's name is the last or the last but one part."""
+    """The adapter's name is the last or the last but one part, and is left out."""
     head, _, last = name.rpartition(".")
     if last == _ADAPTER:
         return head

@@ -164,7 +164,7 @@ def output_width(module: nn.Module) -> int | None:
     """Size of the last dimension of what a module gives; ``None`` where it does not say."""
     if isinstance(module, nn.LayerNorm):
         return int(module.normalized_shape[-1])
-    width = getattr(module, "out_features", None)
+    width = getattr(module, "nf" if type(module).__name__ == "Conv1D" else "out_features", None)  # nf: GPT-2
     return width if isinstance(width, int) else None
 
 

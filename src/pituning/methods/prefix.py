@@ -2,7 +2,8 @@
 
 PEFT's PREFIX_TUNING puts its prefix into the cache of decoder-only models. This one hands each self-attention its keys
 and values, so it works in encoders and decoders alike, and each layer's tensors have file keys of their own:
-``….self_attn.prefix_key`` and ``….self_attn.prefix_value``, both ``[length, width]``.
+``….self_attn.prefix_key`` and ``….self_attn.prefix_value``, both ``[length, width]``. The prefix has no positions: its
+keys are not rotated and have no relative bias, the positions of the text stay as they are, and a cache never holds it.
 
 Source: Li and Liang, "Prefix-Tuning", ACL 2021; Yang et al., "Prompt Tuning for Generative Multimodal Pretrained
 Models", 2022 (OFA: in every layer of encoder and decoder).
@@ -10,8 +11,7 @@ Models", 2022 (OFA: in every layer of encoder and decoder).
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from pituning.errors import ExpertError, RefusedError
+from pituning.errors import ExpertError
+from pituning.methods.injection import Injection, injection_of
 from pituning.methods.tuner import KEEPS_START, OwnLayer, OwnTuner, Placement, placement_of, register
 
 PEFT_TYPE = "PREFIX_KV"
@@ -70,44 +71,6 @@ class PrefixConfig(PeftConfig):
                 if not self.projection
                 else f"projection_dim must be at least 1, not {self.projection_dim}"
             )
-
-
-@dataclass(frozen=True)
-class Injection:
-    """How a kind of self-attention takes a prefix.
-
-    Attributes:
-        width: size of one key (and one value), all heads together.
-        rows: number of sequences in a call, from its arguments.
-        run: calls the module with keys and values ``[rows, length, width]`` in front of its own.
-    """
-
-    width: Callable[[nn.Module], int]
-    rows: Callable[..., int]
-    run: Callable[..., Any]
-
-
-def injection_of(module: nn.Module) -> Injection | None:
-    """The way to put a prefix into a module, or ``None`` where there is none; further families get theirs here."""
-    takes_prefix = "prefix" in inspect.signature(module.forward).parameters
-    return _AS_ARGUMENT if takes_prefix and isinstance(getattr(module, "k_proj", None), nn.Linear) else None
-
-
-def _key_width(module: Any) -> int:
-    return int(module.k_proj.out_features)
-
-
-def _rows(hidden_states: Tensor, key_value_states: Tensor | None = None, *args: Any, **kwargs: Any) -> int:
-    if key_value_states is not None:
-        raise RefusedError("a prefix goes in front of self-attention; this module attends to other states")
-    return len(hidden_states)
-
-
-def _as_argument(module: nn.Module, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return module(*args, prefix=(key, value), **kwargs)
-
-
-_AS_ARGUMENT = Injection(_key_width, _rows, _as_argument)  # OFA's attention
 
 
 class PrefixRows(nn.Dropout):
@@ -223,8 +186,9 @@ class PrefixModel(OwnTuner):
         injection = injection_of(target)
         if injection is None:
             raise TypeError(
-                f"prefix needs self-attention modules that take keys and values through an argument 'prefix' (OFA's do); "
-                f"{current_key} is a {type(target).__name__}, whose forward has none"
+                f"prefix needs self-attention modules that take an argument 'prefix' (OFA's do) or run through transformers' "
+                f"attention interface with a key projection of their own; {current_key} is a {type(target).__name__}, which "
+                "does neither"
             )
         layer = PrefixLayer(target, injection, adapter_name, placement_of(target, parent))
         if first is not None and first.width != layer.width:

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import IA3Config, LoraConfig, PeftConfig
+from transformers.pytorch_utils import Conv1D
 
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError, unknown_name
+from pituning.methods.attach import method_type
 from pituning.methods.bitfit import BitFitConfig
 from pituning.methods.bottleneck import BottleneckConfig
 from pituning.methods.prefix import PrefixConfig
+from pituning.methods.prompt import PromptConfig
 
 _PRESETS: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
     "lora": (LoraConfig, {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}),
     "bottleneck": (BottleneckConfig, {"r": 64}),
     "prefix": (PrefixConfig, {"length": 32}),
     "bitfit": (BitFitConfig, {}),
+    "ia3": (IA3Config, {}),
+    "prompt": (PromptConfig, {"length": 20}),
 }
+_FEEDFORWARD = ("wo", "fc2", "down_proj", "dense_4h_to_h", "lin2", "mlp.c_proj", "fc_out", "output.dense")
+"""The second projections of feed-forward blocks: IA3 rescales what goes into them, and what comes out of keys and values."""
 
 
 def method_names() -> list[str]:
     """Names that :func:`make_config` knows."""
     return sorted(_PRESETS)
+
+
+def method_of(config: PeftConfig) -> str:
+    """The name of a configuration's method: a preset's, or that of PEFT's type in lower case."""
+    names = [name for name, (kind, _) in _PRESETS.items() if type(config) is kind]
+    return names[0] if names else method_type(config).lower()
 
 
 def method_fields(method: str) -> list[str]:
@@ -38,7 +52,7 @@ def make_config(method: str, backbone: Backbone, **overrides: Any) -> PeftConfig
     ``dropout=0.2``, and BitFit on ``subset="reference"``.
 
     Args:
-        method: ``"lora"``, ``"bottleneck"``, ``"prefix"`` or ``"bitfit"``.
+        method: ``"lora"``, ``"bottleneck"``, ``"prefix"``, ``"bitfit"``, ``"ia3"`` or ``"prompt"``.
         backbone: gives the modules to adapt, unless ``target_modules`` is among the overrides.
         overrides: fields of the method's PEFT configuration.
 
@@ -62,7 +76,31 @@ def make_config(method: str, backbone: Backbone, **overrides: Any) -> PeftConfig
         raise PituningError(
             f"method {method!r} finds no module to adapt in backbone {backbone.name!r}; give target_modules=[...]"
         )
+    if "fan_in_fan_out" in config_type.__dataclass_fields__ and "fan_in_fan_out" not in settings:
+        settings["fan_in_fan_out"] = any(isinstance(m, Conv1D) for m in backbone.model.modules())
+    if method == "ia3" and settings.get("feedforward_modules") is None:
+        settings["feedforward_modules"] = _feedforward(settings["target_modules"])
+    if "fan_in_fan_out" in config_type.__dataclass_fields__ and _stores_transposed(backbone):
+        settings.setdefault("fan_in_fan_out", True)
     try:
         return config_type(**settings)
     except (TypeError, ValueError) as error:
         raise PituningError(f"method {method!r}: {error}") from error
+
+
+def _stores_transposed(backbone: Backbone) -> bool:
+    """Whether a model's layers hold their weights as ``[in, out]``, as GPT-2's do."""
+    return any(type(module).__name__ == "Conv1D" for module in backbone.model.modules())
+
+
+def _feedforward(targets: str | Iterable[str]) -> list[str]:
+    """The targets that are second projections of feed-forward blocks.
+
+    Raises:
+        PituningError: for a regular expression, whose matches are not known here.
+    """
+    if isinstance(targets, str):
+        raise PituningError(
+            "method 'ia3': with target_modules as a regular expression, give feedforward_modules as well"
+        )
+    return [t for t in targets if t.endswith(_FEEDFORWARD) and "attention" not in t]

@@ -13,6 +13,9 @@ from torch import nn
 KEEPS_START: dict[str, Any] = {"shapes_start": False}
 """Metadata of a configuration's field that has no part in the initial tensors: experts that differ in it share their start."""
 
+OWN_TYPES: set[str] = set()
+"""PEFT types of this project, which PEFT knows only after ``import pituning.methods``."""
+
 Placement = tuple[torch.device | None, torch.dtype | None]
 
 
@@ -72,6 +75,7 @@ def register(peft_type: str, config: type[PeftConfig], tuner: type[OwnTuner]) ->
 
     PEFT's public function of this purpose insists on a closed enum of types; its tables take a plain string.
     """
+    OWN_TYPES.add(peft_type)
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner.prefix

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,41 +44,63 @@ def write_images(content: Content, folder: Path) -> list[Path]:
     Raises:
         PituningError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise PituningError(
-            "the report's PNG files need matplotlib, which is not installed: pip install 'pituning[demo]'."
-        ) from error
-    # Dollar signs in names are names, not formulas.
-    with mpl.rc_context({"text.parse_math": False, "font.size": 10, "text.color": INK, "axes.labelcolor": INK}):
+    with drawing():
         drawn = {"results.png": _results(content)}
         if content.graph:
             drawn["graph.png"] = _graph(content.graph)
         if content.weights:
             drawn["weights.png"] = _weights(content.weights)
         for name, figure in drawn.items():
-            figure.savefig(folder / name, dpi=_DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.15)
+            save(figure, folder / name)
     return [folder / name for name in drawn]
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure with one axis on the Agg canvas; it bypasses pyplot, so a notebook's own backend stays as it is."""
+@contextmanager
+def drawing() -> Iterator[None]:
+    """The look of all pictures, for the length of the block.
+
+    Raises:
+        PituningError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise PituningError(
+            "pictures (PNG, SVG) need matplotlib, which is not installed: pip install 'pituning[demo]'."
+        ) from error
+    # Dollar signs in names are names, not formulas; the same picture has the same bytes.
+    settings = {"text.parse_math": False, "font.size": 10, "svg.hashsalt": "pituning"}
+    with mpl.rc_context({**settings, "text.color": INK, "axes.labelcolor": INK}):
+        yield
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG or SVG, as the path's ending says."""
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=_DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.15, metadata=metadata)
+
+
+def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
+    """A figure with one axis, or an array of them below each other, on the Agg canvas.
+
+    It bypasses pyplot, so a notebook's own backend stays as it is.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
-    axis.tick_params(length=0, colors=INK)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    return figure, axis
+    axes = figure.subplots(rows, sharex=True)
+    for axis in figure.axes:
+        axis.tick_params(length=0, colors=INK)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    return figure, axes
 
 
 def _results(content: Content) -> Any:
     metric, count = content.metric, len(content.arms)
-    figure, axis = _figure(8.0, 0.9 + 0.42 * count)
+    figure, axis = new_figure(8.0, 0.9 + 0.42 * count)
     for row, arm in zip(range(count, 0, -1), content.arms, strict=True):
         colour, mean = arm_colour(arm, content), arm.mean * metric.scale
         heights = [row + offset for offset in lanes(len(arm.values))]
@@ -114,7 +138,7 @@ def _graph(graph: Graph) -> Any:
     layout = lay_out(graph)
     # Canvas pixels at 100 per inch; a point is 1/72 inch.
     point = 0.72
-    figure, axis = _figure(layout.width / 100, layout.height / 100)
+    figure, axis = new_figure(layout.width / 100, layout.height / 100)
     axis.set_position((0, 0, 1, 1))
     for edge in layout.edges:
         ends = layout.positions[[edge.left, edge.right]]
@@ -155,7 +179,7 @@ def _weights(weights: Weights) -> Any:
     numbers = count <= 40 and experts <= 12
     row = 0.28 if count <= 40 else max(16.0 / count, 0.05)
     width = max(4.5, min(1.1 * experts, 12.0))
-    figure, axis = _figure(width + 1.0, 0.6 + row * count)
+    figure, axis = new_figure(width + 1.0, 0.6 + row * count)
     scale = LinearSegmentedColormap.from_list("weights", DIVERGING)
     drawn = axis.pcolormesh(
         weights.values,

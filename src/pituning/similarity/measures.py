@@ -90,14 +90,20 @@ def weight_similarity(target: Expert, candidate: Expert, initial: Mapping[str, T
     return float(torch.stack(cosines).mean())
 
 
-def _delta_cosine(left: LowRank, right: LowRank) -> float:
-    def inner(p: LowRank, q: LowRank) -> float:
-        # <B_p A_p, B_q A_q> = tr((B_pᵀ B_q)(A_q A_pᵀ)), without forming either product
-        product = (p.b.double().T @ q.b.double()) * (p.a.double() @ q.a.double().T)
-        return float(product.sum()) * p.scaling * q.scaling
+def delta_inner(left: LowRank, right: LowRank) -> float:
+    """Frobenius inner product of two ΔW: tr((B_lᵀ B_r)(A_r A_lᵀ)) s_l s_r, in float64 and without forming either ΔW.
 
-    norm = (inner(left, left) * inner(right, right)) ** 0.5
-    return inner(left, right) / norm if norm else 0.0
+    Where both modules have a LoRA bias, the inner product of the scaled biases is added.
+    """
+    product = float(((left.b.double().T @ right.b.double()) * (left.a.double() @ right.a.double().T)).sum())
+    if left.bias is not None and right.bias is not None:
+        product += float(left.bias.double() @ right.bias.double())
+    return product * left.scaling * right.scaling
+
+
+def _delta_cosine(left: LowRank, right: LowRank) -> float:
+    norm = (delta_inner(left, left) * delta_inner(right, right)) ** 0.5
+    return delta_inner(left, right) / norm if norm else 0.0
 
 
 def _require_comparable(target: TaskEmbedding, candidate: TaskEmbedding) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +21,7 @@ from pituning.errors import RefusedError
 from pituning.methods.attach import Attached
 from pituning.methods.bitfit import BitFitLayer
 from pituning.methods.prefix import PrefixLayer
+from pituning.methods.prompt import PromptLayer
 
 
 class Observer(Protocol):
@@ -38,7 +40,7 @@ class Observer(Protocol):
 Names = Mapping[str, str]
 """From a parameter's name in its layer (``weight``, ``prefix_key`` …) to its file key."""
 
-Watcher = Callable[[Any, Names, Observer], RemovableHandle]
+Watcher = Callable[[Any, Names, Observer], "RemovableHandle | _Handles"]
 
 
 class Squares:
@@ -172,10 +174,71 @@ def _watch_prefix(layer: PrefixLayer, names: Names, observer: Observer) -> Remov
     return layer.prefix_rows[active].register_forward_hook(forward)
 
 
-WATCHERS: dict[type[nn.Module], Watcher] = {
+def _watch_prompt(layer: PromptLayer, names: Names, observer: Observer) -> RemovableHandle:
+    """Every row has its own copy of the prompt."""
+
+    def forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        observer.sees(names, len(output))
+        if output.requires_grad:
+            output.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    def backward(gradient: Tensor) -> None:
+        rows = observer.by_example(gradient.detach().flatten(1))
+        observer.add(names["prompt_embedding"], rows.sum(1).view(-1, *gradient.shape[1:]))
+
+    (active,) = layer.active_adapters
+    return layer.prompt_rows[active].register_forward_hook(forward)
+
+
+class _Handles:
+    """Several hooks that are taken off together."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        """Take all of them off."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _watch_ia3(layer: Any, names: Names, observer: Observer) -> _Handles:
+    """l scales what goes into the base layer (feed-forward) or comes out of it: ∂/∂l = Σ x · ∂/∂(l x) over positions."""
+    scaled_input = layer.is_feedforward
+    (active,) = layer.active_adapters
+    shape = layer.ia3_l[active].shape
+    unscaled: list[Tensor] = []
+
+    def backward(x: Tensor, gradient: Tensor) -> None:
+        product = observer.by_example(gradient.detach() * x)
+        observer.add(names["ia3_l"], product.sum(1).view(-1, *shape))
+
+    def hooked(x: Tensor, product: Tensor) -> None:
+        observer.sees(names, len(x))
+        if product.requires_grad:
+            product.register_hook(lambda g: backward(x, g))  # type: ignore[no-untyped-call]
+
+    def base(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        unscaled.append(inputs[0] if scaled_input else output.detach())
+
+    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        inside = unscaled.pop()
+        if layer.disable_adapters:
+            return
+        if scaled_input:
+            hooked(inputs[0].detach(), inside)
+        else:
+            hooked(inside, output)
+
+    return _Handles(layer.get_base_layer().register_forward_hook(base), layer.register_forward_hook(forward))
+
+
+WATCHERS: dict[type, Watcher] = {
     nn.Linear: _watch_linear,
     BitFitLayer: _watch_bitfit,
     PrefixLayer: _watch_prefix,
+    PromptLayer: _watch_prompt,
+    IA3Layer: _watch_ia3,
 }
 
 
@@ -186,7 +249,7 @@ def _watcher(site: Attached, owner: nn.Module, names: Names) -> Watcher:
     key = next(iter(names.values()))
     raise RefusedError(
         f"tensor {key} {list(site.parameters[key].shape)} belongs to a {type(owner).__name__}; exact per-example gradients "
-        "are implemented for Linear layers, plain prefixes and BitFit"
+        "are implemented for Linear layers, plain prefixes, soft prompts, IA3 and BitFit"
     )
 
 

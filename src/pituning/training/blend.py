@@ -10,7 +10,7 @@ from typing import Any
 from pituning.backbones.base import Backbone
 from pituning.errors import RefusedError
 from pituning.experts.expert import Expert, ExpertCard
-from pituning.interpolation.build import group_names, is_lora
+from pituning.interpolation.build import Granularity, group_names, is_lora
 from pituning.interpolation.collapse import collapse
 from pituning.interpolation.mixture import Mixture
 from pituning.tasks.task import Task
@@ -47,6 +47,8 @@ class Interpolation:
         weights: group → learned weight of each of them.
         candidates: every candidate that was compared; exactly one is chosen.
         errors: per module, relative error of the fold into ``expert`` (0 unless a smaller rank was asked for).
+        trajectory: step → the weights then, ``[groups, experts]`` in the order of ``weights``; see
+            :attr:`pituning.training.trainer.Fit.weights`. Empty where nothing was trained.
     """
 
     expert: Expert
@@ -54,6 +56,7 @@ class Interpolation:
     weights: Mapping[str, tuple[float, ...]]
     candidates: tuple[Candidate, ...]
     errors: Mapping[str, float] = field(default_factory=dict)
+    trajectory: Mapping[int, list[list[float]]] = field(default_factory=dict)
 
     def mean_weights(self) -> dict[str, float]:
         """Weight of each expert, averaged over the groups."""
@@ -79,12 +82,14 @@ def blend(
     *,
     settings: TrainSettings,
     train: str = "experts",
-    granularity: str = "module",
+    granularity: Granularity = "module",
     init: str | Sequence[float] = "uniform",
     similarities: Sequence[float] | None = None,
+    coefficients: str = "softmax",
     temperature: float = 1.0,
     seed: int = 0,
     rank: int | None = None,
+    max_error: float | None = None,
     name: str | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -99,22 +104,23 @@ def blend(
         settings: of the run; ends with the best state on the dev split, where there is one and ``keep_best`` is set.
         init: starting weights, as in :func:`choose`; given numbers are for ``experts``, and the own expert gets an equal
             share beside them.
+        train, granularity, coefficients, temperature, rank, max_error: as in :func:`interpolate` and :func:`choose`.
         folder, resume, progress: as in :func:`pituning.training.trainer.fit`.
 
     Raises:
         as :func:`interpolate`.
     """
     require_consistent(experts, own, init, "auto", similarities)
-    if rank is not None and not is_lora(experts[0]):
-        raise RefusedError(
-            f"rank={rank} applies to LoRA experts only; {experts[0].name!r} is of {experts[0].card.method!r}"
-        )
+    require_rank(experts, rank, max_error)
     members = (*experts, *([own] if own is not None else []))
     for expert in members:
         expert.require_backbone(backbone)
     losses = [expert_log_loss(backbone, e, task) for e in members] if init == "score" else [0.0] * len(members)
     weights = initial_weights(init, losses, similarities, len(task.split("train")), own=own is not None)
-    start = blend_start(backbone, members, weights, train=train, granularity=granularity, temperature=temperature)
+    start = blend_start(
+        backbone, members, weights,
+        train=train, granularity=granularity, coefficients=coefficients, temperature=temperature,
+    )  # fmt: skip
     mixture, config = start(None)
     settings = settings.with_(seed=seed)
     result = fit(
@@ -124,7 +130,21 @@ def blend(
     card = blended_card(backbone, task, members, mixture, settings, name)
     if result.held_out:
         card = replace(card, metrics={"dev log-loss": result.held_out[result.best_step]})
-    return collapsed(mixture, config, card, members, granularity, rank)
+    found = collapsed(mixture, config, card, members, granularity, rank, max_error)
+    return replace(found, trajectory=result.weights)
+
+
+def require_rank(experts: Sequence[Expert], rank: int | None, max_error: float | None) -> None:
+    """Raise if a smaller rank is asked for in a method that has none, before anything is trained.
+
+    Raises:
+        RefusedError: names the expert and its method.
+    """
+    asked = f"rank={rank}" if rank is not None else f"max_error={max_error}"
+    if (rank is not None or max_error is not None) and experts and not is_lora(experts[0]):
+        raise RefusedError(
+            f"{asked} applies to LoRA experts only; {experts[0].name!r} is of {experts[0].card.method!r}"
+        )
 
 
 def blended_card(
@@ -164,12 +184,15 @@ def collapsed(
     config: Mapping[str, Any],
     card: ExpertCard,
     members: Sequence[Expert],
-    granularity: str,
+    granularity: Granularity,
     rank: int | None,
+    max_error: float | None = None,
 ) -> Interpolation:
     """The trained mixture as one expert, with the weights of its members by group."""
     weights = mixture.weights().detach().cpu().tolist()
     groups = group_names(members, granularity if len(weights) > 1 else "model")
-    folded = collapse(mixture, config, card, rank)
+    if (rank, max_error) != (None, None):
+        card = replace(card, training={**card.training, "rank": rank, "max_error": max_error})
+    folded = collapse(mixture, config, card, rank, max_error)
     by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
     return Interpolation(folded.expert, tuple(e.name for e in members), by_group, (), folded.errors)

@@ -37,6 +37,7 @@ class Search:
         steps: the longest run; the held-out log-loss is read every ``eval_every`` steps and before the first.
         folds: cross-fitting folds.
         fold_seed: seed of the split into folds.
+        optimizer, weights_to_start, weights_spread: see :class:`TrainSettings`.
     """
 
     learning_rates: tuple[float, ...] = (3e-4, 1e-3)
@@ -46,12 +47,18 @@ class Search:
     fold_seed: int = 0
     batch_size: int = 16
     alpha_learning_rate: float = 0.0
+    optimizer: str = "adamw"
+    weights_to_start: float = 0.0
+    weights_spread: float = 0.0
 
     def settings(self, learning_rate: float, steps: int, seed: int = 0) -> TrainSettings:
         """The run of one cell of the grid: constant rate, so that fewer steps are a prefix of more."""
         return TrainSettings(
             learning_rate=learning_rate,
             alpha_learning_rate=self.alpha_learning_rate,
+            optimizer=self.optimizer,
+            weights_to_start=self.weights_to_start,
+            weights_spread=self.weights_spread,
             steps=steps,
             batch_size=self.batch_size,
             schedule="constant_with_warmup",
@@ -94,12 +101,13 @@ def cross_fit(
     losses: dict[tuple[float, int], Tensor] = {}
     plain: dict[tuple[float, int], float] = {}
     for rate in sorted(search.learning_rates):
-        curves = [_fold_curve(backbone, start(i), parts, search, rate, seed) for i, parts in enumerate(folds)]
+        begun = [start(i) for i in range(len(folds))]
+        curves = [_fold_curve(backbone, b, parts, search, rate, seed) for b, parts in zip(begun, folds, strict=True)]
         for step in curves[0]:
             log_p = torch.cat([curve[step] for curve in curves])
             losses[rate, step], plain[rate, step] = calibrated_losses(log_p, held), log_loss(log_p, held)
-        if len(losses) == 1:  # nothing is trained, so the rate does not matter
-            break
+        if not any(p.requires_grad for n, p in begun[0][0].named_parameters() if n != "alpha"):
+            break  # nothing is trained to which the rate applies
     rate, step = choose_cell(losses, warm)
     means: dict[float, dict[int, float]] = {}
     for (r, s), values in losses.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -39,6 +39,7 @@ class Evaluation:
         metrics: ``log-loss`` (mean −log p(right answer) per example, nats) and the task's metric.
         metric: name of the task's own metric.
         predictions: the answer to each example: the position of the chosen one; for open-ended tasks a text or a box.
+        losses: log-loss of each example, nats; NaN where none of the answers that may be given is right.
     """
 
     task: str
@@ -47,6 +48,7 @@ class Evaluation:
     metric: str
     metrics: Mapping[str, float]
     predictions: tuple[Answer, ...]
+    losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def value(self) -> float:
@@ -95,9 +97,8 @@ def evaluate(
         metric.name: metric.compute(truths[metric.name], _as_text(metric, kind, examples, found)) for metric in wanted
     }
     name = expert.name if expert else f"{backbone.name} (zero-shot)"
-    return Evaluation(
-        task.name, split, name, task.metric, {**values, "log-loss": sum(known) / max(len(known), 1)}, tuple(found)
-    )
+    values["log-loss"] = sum(known) / max(len(known), 1)
+    return Evaluation(task.name, split, name, task.metric, values, tuple(found), tuple(losses))
 
 
 def predict(

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pituning.backbones.base import Backbone
-from pituning.errors import RefusedError
 from pituning.experts.expert import Expert
-from pituning.interpolation.build import is_lora
+from pituning.interpolation.build import Granularity
 from pituning.tasks.task import Task
-from pituning.training.blend import Candidate, Interpolation, blended_card, collapsed
+from pituning.training.blend import Candidate, Interpolation, blended_card, collapsed, require_rank
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_one_standard_error
 from pituning.training.starts import blend_start, expert_log_loss, initial_weights, kept_start, require_consistent
 from pituning.training.train_expert import fold_experts
@@ -31,6 +30,7 @@ def interpolate(
     *,
     seed: int = 0,
     rank: int | None = None,
+    max_error: float | None = None,
     name: str | None = None,
     **options: Any,
 ) -> Interpolation:
@@ -42,6 +42,7 @@ def interpolate(
         own: the target's own expert from :func:`train_expert`.
         seed: training seed of the final fit.
         rank: for LoRA, the rank of the result; ``None`` keeps the exact one, the sum of the experts' ranks.
+        max_error: for LoRA, the smallest rank of each module that keeps the relative error of its ΔW at or below this.
         name: of the resulting expert.
         options: see :func:`choose`.
 
@@ -50,11 +51,8 @@ def interpolate(
         PituningError: for inconsistent arguments.
         BackboneMismatchError: if an expert belongs to another backbone.
     """
-    if rank is not None and experts and not is_lora(experts[0]):
-        raise RefusedError(
-            f"rank={rank} applies to LoRA experts only; {experts[0].name!r} is of {experts[0].card.method!r}"
-        )
-    return choose(backbone, task, experts, own, **options).refit(seed, rank=rank, name=name)
+    require_rank(experts, rank, max_error)
+    return choose(backbone, task, experts, own, **options).refit(seed, rank=rank, max_error=max_error, name=name)
 
 
 def choose(
@@ -64,11 +62,12 @@ def choose(
     own: Expert | None = None,
     *,
     train: str = "experts",
-    granularity: str = "module",
+    granularity: Granularity = "module",
     init: str | Sequence[float] = "score",
     similarities: Sequence[float] | None = None,
     include_own: bool | str = "auto",
     alternatives: bool = True,
+    coefficients: str = "softmax",
     temperature: float = 1.0,
     search: Search | None = None,
 ) -> Choice:
@@ -76,17 +75,18 @@ def choose(
 
     Args:
         train: ``"experts"`` (the paper: α and all φ_k), ``"shared"`` (frozen experts, α and one trainable δ: less memory;
-            for LoRA, δ starts at zero and wants a learning rate about three times higher), ``"weights"`` (α only) or
-            ``"none"`` (a soup).
-        granularity: who shares weights: ``model``, ``layer``, ``attention`` (the paper's LoRA), ``module`` (its adapters) or
-            ``tensor``; see :func:`pituning.interpolation.build.group_name`.
+            for LoRA, δ starts at zero and wants a learning rate about three times higher), ``"weights"`` (α only),
+            ``"none"`` (a soup) or ``"merge-then-tune"`` (one expert that starts at the soup; the weights stay).
+        granularity: who shares weights: ``model``, ``encoder-decoder``, ``layer``, ``attention`` (the paper's LoRA),
+            ``module`` (its adapters), ``tensor`` or a function; see :func:`pituning.interpolation.build.group_name`.
         init: starting weights: ``"uniform"``, ``"similarity"`` (softmax of ``similarities``), ``"score"`` (from each
             expert's log-loss on the shots) or K numbers.
         include_own: whether the own expert is one of the blended; ``"auto"`` lets cross-fitting decide. Where it is,
             α is not trained: it would be fitted on the shots that the own expert has seen.
         alternatives: also compare a warm start from the best single expert, and the own expert as it is.
-        temperature: of the softmax over α.
-        search: learning rates, steps and folds, the same for every candidate.
+        coefficients, temperature: from α to the weights; see :class:`pituning.interpolation.Coefficients`.
+        search: learning rates, steps and folds, the same for every candidate. With ``optimizer="cma"`` and
+            ``train="weights"`` the weights of the interpolation are learned without gradients.
 
     Raises:
         as :func:`interpolate`.
@@ -99,25 +99,27 @@ def choose(
     losses = [expert_log_loss(backbone, e, task) for e in experts]
     own_folds = fold_experts(backbone, task, own, search) if own is not None else {}
     plans: list[_Plan] = []
+    how: dict[str, Any] = {
+        "train": train, "granularity": granularity, "coefficients": coefficients, "temperature": temperature,
+    }  # fmt: skip
+    plain = replace(search, optimizer="adamw", weights_to_start=0.0, weights_spread=0.0)  # for one expert alone
     if include_own is not True or own is None:
         weights = initial_weights(init, losses, similarities, len(examples))
-        start = blend_start(backbone, experts, weights, train=train, granularity=granularity, temperature=temperature)
-        plans.append(_Plan("interpolation of the experts", tuple(experts), weights, start))
+        start = blend_start(backbone, experts, weights, **how)
+        plans.append(_Plan("interpolation of the experts", tuple(experts), weights, start, search, granularity))
     if own is not None and include_own is not False:
         own_loss = cross_fit(backbone, kept_start(own_folds), examples, search).plain_loss  # as the others'
         weights = initial_weights(init, [*losses, own_loss], similarities, len(examples), own=True)
-        start = blend_start(
-            backbone, experts, weights, own_folds, train=train, granularity=granularity, temperature=temperature
-        )
-        plans.append(_Plan("interpolation with the own expert", (*experts, own), weights, start))
+        start = blend_start(backbone, experts, weights, own_folds, **how)
+        plans.append(_Plan("interpolation with the own expert", (*experts, own), weights, start, search, granularity))
     if alternatives:
         best = experts[losses.index(min(losses))]
         start = blend_start(backbone, [best], [1.0], train="experts", granularity="model")
-        plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start))
+        plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start, plain, "model"))
         if own is not None:
-            plans.append(_Plan("keep the own expert", (own,), [1.0], kept_start(own_folds)))
-    found = [cross_fit(backbone, p.start, examples, search) for p in plans]
-    return Choice(backbone, task, search, granularity, tuple(plans), tuple(found))
+            plans.append(_Plan("keep the own expert", (own,), [1.0], kept_start(own_folds), plain, "model"))
+    found = [cross_fit(backbone, p.start, examples, p.search) for p in plans]
+    return Choice(backbone, task, tuple(plans), tuple(found))
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,6 @@ class Choice:
 
     backbone: Backbone
     task: Task
-    search: Search
-    granularity: str
     plans: tuple[_Plan, ...]
     found: tuple[CrossFit, ...]
 
@@ -156,20 +156,22 @@ class Choice:
             for i, (p, f) in enumerate(zip(self.plans, self.found, strict=True))
         )
 
-    def refit(self, seed: int = 0, *, rank: int | None = None, name: str | None = None) -> Interpolation:
+    def refit(
+        self, seed: int = 0, *, rank: int | None = None, max_error: float | None = None, name: str | None = None
+    ) -> Interpolation:
         """Fit the best candidate on all shots and collapse it into one expert."""
         plan, cell = self.plans[self.best], self.found[self.best]
         mixture, config = plan.start(None)
-        settings = self.search.settings(cell.learning_rate, cell.steps, seed)
-        fit(self.backbone, mixture, config, self.task.split("train"), settings)
+        settings = plan.search.settings(cell.learning_rate, cell.steps, seed)
+        run = fit(self.backbone, mixture, config, self.task.split("train"), settings)
         card = blended_card(self.backbone, self.task, plan.members, mixture, settings, name)
         card = replace(
             card,
             metrics={"cross-fitted log-loss": cell.loss},
             training={**card.training, "candidate": plan.name},
         )
-        found = collapsed(mixture, config, card, plan.members, self.granularity, rank)
-        return replace(found, candidates=self.candidates())
+        found = collapsed(mixture, config, card, plan.members, plan.granularity, rank, max_error)
+        return replace(found, candidates=self.candidates(), trajectory=run.weights)
 
 
 @dataclass(frozen=True)
@@ -178,3 +180,5 @@ class _Plan:
     members: tuple[Expert, ...]
     weights: Sequence[float]
     start: Start
+    search: Search
+    granularity: Granularity

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError, RefusedError
-from pituning.experts.expert import Expert
-from pituning.interpolation.build import build_mixture, is_lora
+from pituning.experts.expert import Expert, start_of
+from pituning.interpolation.build import Granularity, build_mixture, is_lora
 from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import attached, config_dict, initial_tensors
+from pituning.methods.prefix import folded
 from pituning.methods.presets import make_config
 from pituning.tasks.task import Task
 from pituning.training.crossfit import Start
@@ -30,11 +31,16 @@ def blend_start(
     own: Mapping[int | None, Expert] | None = None,
     *,
     train: str = "shared",
-    granularity: str = "module",
+    granularity: Granularity = "module",
+    coefficients: str = "softmax",
     temperature: float = 1.0,
 ) -> Start:
     """A start for :func:`cross_fit`: the experts, and the own one trained without the fold, at the given weights."""
-    initial = _delta_factors(backbone, experts) if train == "shared" and is_lora(experts[0]) else None
+    initial: Mapping[str, Tensor] | None = None
+    if is_lora(experts[0]):
+        initial = _delta_factors(backbone, experts) if train == "shared" else None
+    elif coefficients != "softmax":
+        initial = folded(*start_of(backbone, experts[0]))[1]
 
     def begin(fold: int | None) -> tuple[Mixture, Mapping[str, Any]]:
         return build_mixture(
@@ -42,6 +48,7 @@ def blend_start(
             list(weights),
             granularity=granularity,
             train=train,
+            coefficients=coefficients,
             temperature=temperature,
             train_weights=own is None,
             initial=initial,

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from torch import Tensor
 
 from pituning.backbones.base import Backbone
@@ -18,7 +19,7 @@ from pituning.interpolation.collapse import collapse
 from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import config_dict, initial_tensors
 from pituning.methods.prefix import folded, is_folded
-from pituning.methods.presets import make_config
+from pituning.methods.presets import make_config, method_of
 from pituning.tasks.task import Task
 from pituning.training.crossfit import CrossFit, Search, cross_fit, fold_examples
 from pituning.training.trainer import TrainSettings, fit, settings_dict
@@ -30,7 +31,7 @@ _DEV_LIMIT = 400
 def train_expert(
     backbone: Backbone,
     task: Task,
-    method: str = "lora",
+    method: str | PeftConfig = "lora",
     *,
     name: str | None = None,
     settings: TrainSettings | None = None,
@@ -44,6 +45,7 @@ def train_expert(
     """Train an expert from the method's common initialisation.
 
     Args:
+        method: a method's name, or any PEFT configuration that :func:`pituning.methods.attached` takes.
         task: with shots, learning rate and steps are found by cross-fitting (``search``); with full data the run is
             ``settings`` and ends with the best state on the dev split, where there is one.
         settings: overrides the search or the full-data recipe.
@@ -53,9 +55,15 @@ def train_expert(
 
     Raises:
         UnknownNameError: for an unknown method.
+        PituningError: for options beside a configuration, which has them all.
         DataError: if the training split is empty.
     """
-    config = config_dict(make_config(method, backbone, **options))
+    if isinstance(method, PeftConfig):
+        if options:
+            raise PituningError(f"a {type(method).__name__} is complete; set {', '.join(options)} in it")
+        method, config = method_of(method), config_dict(method)
+    else:
+        config = config_dict(make_config(method, backbone, **options))
     initial = initial_tensors(backbone, config)
     examples = task.split("train")
     record: dict[str, Any] = {"family": backbone.family, "examples": len(examples)}

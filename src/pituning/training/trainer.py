@@ -18,12 +18,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pituning.backbones.base import Backbone, require_targets
 from pituning.data.augment import Augmenter, augmenter
-from pituning.errors import DataError
+from pituning.errors import DataError, RefusedError, unknown_name
 from pituning.example import Example
 from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import check_tensors
+from pituning.training.gradient_free import SIGMA, minimise
+from pituning.training.gradient_free import batches as split_up
 from pituning.training.module import MixtureModel, running
 
+OPTIMIZERS = ("adamw", "cma")
 WEIGHTS_FILE = "mixture.safetensors"
 WEIGHTS = "example_weights"  # their place in a batch
 
@@ -35,6 +38,9 @@ class TrainSettings:
     Attributes:
         learning_rate: of the experts' tensors and of δ.
         alpha_learning_rate: of α; with the paper's (the same as ``learning_rate``) softmax weights hardly move.
+        optimizer: ``"adamw"``, or ``"cma"``: the weights alone are learned, without gradients, by CMA-ES; a step is then a
+            generation over all examples, and ``alpha_learning_rate`` the first standard deviation of α (0: 0.5).
+        weights_to_start, weights_spread: strengths of the regularisers of :meth:`Mixture.penalty`.
         steps: optimizer steps; where ``None``, ``epochs`` over the examples.
         schedule: any scheduler name of transformers; few-shot runs use a constant rate, so that a run stopped earlier
             is the same run.
@@ -48,6 +54,9 @@ class TrainSettings:
 
     learning_rate: float = 1e-3
     alpha_learning_rate: float = 0.0
+    optimizer: str = "adamw"
+    weights_to_start: float = 0.0
+    weights_spread: float = 0.0
     steps: int | None = None
     epochs: float = 3.0
     batch_size: int = 16
@@ -75,13 +84,16 @@ class Fit:
         held_out: held-out log-loss.
         held_out_log_p: rows of :func:`pituning.training.evaluation.log_probabilities` of the held-out examples.
         training: training loss.
+        weights: the mixture's weights ``[groups, experts]`` before the first step, at every evaluation, some fifty times in
+            between, and after the last step.
     """
 
-    held_out: Mapping[int, float] = field(default_factory=dict)
-    held_out_log_p: Mapping[int, Tensor] = field(default_factory=dict)
-    training: Mapping[int, float] = field(default_factory=dict)
+    held_out: dict[int, float] = field(default_factory=dict)
+    held_out_log_p: dict[int, Tensor] = field(default_factory=dict)
+    training: dict[int, float] = field(default_factory=dict)
     steps: int = 0
     best_step: int = 0
+    weights: dict[int, list[list[float]]] = field(default_factory=dict)
 
 
 def fit(
@@ -112,8 +124,12 @@ def fit(
     if not examples:
         raise DataError("there are no examples to train on")
     trainable = [p for p in mixture.parameters() if p.requires_grad]
+    if settings.optimizer not in OPTIMIZERS:
+        raise unknown_name("optimizer", settings.optimizer, OPTIMIZERS)
     if not trainable or settings.steps == 0:
         return Fit()
+    if settings.optimizer == "cma":
+        return _fit_gradient_free(backbone, mixture, config, examples, settings, held_out, folder)
     with running(backbone, mixture, config) as model, tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(settings, len(examples), Path(folder) if folder else None, scratch, backbone, progress)
         collate = _Collator(backbone, settings)
@@ -126,8 +142,70 @@ def fit(
         trainer.train(resume_from_checkpoint=True if resume and _has_checkpoint(folder) else None)
         history.restore_best()
         return Fit(
-            history.held_out, history.held_out_log_p, history.training, trainer.state.global_step, history.best_step
+            history.held_out,
+            history.held_out_log_p,
+            history.training,
+            trainer.state.global_step,
+            history.best_step,
+            history.weights,
         )
+
+
+@torch.no_grad()
+def _fit_gradient_free(
+    backbone: Backbone,
+    mixture: Mixture,
+    config: Mapping[str, Any],
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    held_out: Sequence[Example],
+    folder: str | Path | None,
+) -> Fit:
+    """`fit` by CMA-ES: the same figures at the same steps, from forward passes over all examples."""
+    if folder is not None:
+        raise RefusedError("a gradient-free run writes no checkpoints: leave folder out")
+    from pituning.training.evaluation import log_loss, log_probabilities
+
+    with running(backbone, mixture, config) as model:
+        model.eval()
+        collate = _Collator(backbone, settings)
+        batches = [collate(part) for part in split_up(examples, settings.batch_size)]
+        found, best = Fit({}, {}, {}, settings.steps or 0, 0, {}), mixture.alpha.detach().clone()
+
+        def objective() -> float:
+            total = 0.0
+            for batch in batches:
+                inputs = {k: v for k, v in batch.items() if k != WEIGHTS}
+                losses = model(label_smoothing=settings.label_smoothing, **inputs)
+                total += float((losses * batch[WEIGHTS].to(losses)).sum())
+            return total / len(examples) + float(_penalty(mixture, settings))
+
+        def after(step: int) -> None:
+            nonlocal found, best
+            found.weights[step] = mixture.weights().detach().cpu().tolist()
+            last = step == settings.steps
+            if not held_out or (step and not last and step % (settings.eval_every or 1)):
+                return
+            found.held_out_log_p[step] = log_probabilities(backbone, held_out, model)
+            found.held_out[step] = log_loss(found.held_out_log_p[step], held_out)
+            if found.held_out[step] <= min(found.held_out.values()):
+                found, best = replace(found, best_step=step), mixture.alpha.detach().clone()
+
+        minimise(
+            mixture,
+            objective,
+            generations=settings.steps or math.ceil(settings.epochs),
+            sigma=settings.alpha_learning_rate or SIGMA,
+            seed=settings.seed,
+            after=after,
+        )
+        if held_out and settings.keep_best:
+            mixture.alpha.copy_(best)
+        return found
+
+
+def _penalty(mixture: Mixture, settings: TrainSettings) -> Tensor:
+    return mixture.penalty(settings.weights_to_start, settings.weights_spread)
 
 
 class MixtureTrainer(Trainer):
@@ -147,7 +225,7 @@ class MixtureTrainer(Trainer):
         batch = {k: v for k, v in inputs.items() if k != WEIGHTS}
         losses: Tensor = model(label_smoothing=self.settings.label_smoothing, **batch)
         loss: Tensor = (losses * inputs[WEIGHTS].to(losses)).mean()
-        return loss
+        return loss + _penalty(self.model.mixture, self.settings)
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """AdamW with a learning rate of its own for α, which is never decayed."""
@@ -217,6 +295,7 @@ class _History(TrainerCallback):
         self.held_out: dict[int, float] = {}
         self.held_out_log_p: dict[int, Tensor] = {}
         self.training: dict[int, float] = {}
+        self.weights: dict[int, list[list[float]]] = {}
         self.best_step = 0
         self._best: dict[str, Tensor] = {}
 
@@ -227,6 +306,8 @@ class _History(TrainerCallback):
         every = self.settings.eval_every
         if (every and state.global_step % every == 0) or state.global_step == state.max_steps:
             self._measure(state.global_step)
+        elif state.global_step % args.logging_steps == 0:
+            self._record_weights(state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.settings.eval_every:
@@ -242,7 +323,11 @@ class _History(TrainerCallback):
                 if name in self._best:
                     parameter.copy_(self._best[name])
 
+    def _record_weights(self, step: int) -> None:
+        self.weights[step] = self.trainer.model.mixture.weights().detach().cpu().tolist()
+
     def _measure(self, step: int) -> None:
+        self._record_weights(step)
         if not self.examples or step in self.held_out:
             return
         from pituning.training.evaluation import log_loss, log_probabilities
