@@ -11,6 +11,8 @@ from pituning.cli.analyse import analyse_app
 from pituning.cli.convert import convert
 from pituning.cli.embed import embed
 from pituning.cli.eval import evaluate
+from pituning.cli.export import export, verify
+from pituning.cli.importing import import_adapter, pull, push
 from pituning.cli.interpolate import interpolate
 from pituning.cli.merge import merge
 from pituning.cli.pool import pool_app
@@ -45,6 +47,11 @@ app.command()(merge)
 app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(zeroshot)
+app.command("import")(import_adapter)
+app.command()(export)
+app.command()(verify)
+app.command()(push)
+app.command()(pull)
 app.command()(run)
 app.command()(validate)
 app.command()(convert)

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
     from pituning.training.blend import Interpolation
 
-TrainMode = Literal["experts", "shared", "weights", "none"]
-Granularity = Literal["model", "layer", "attention", "module", "tensor"]
+TrainMode = Literal["experts", "shared", "weights", "none", "merge-then-tune"]
+Granularity = Literal["model", "encoder-decoder", "layer", "attention", "module", "tensor"]
+Coefficients = Literal["softmax", "linear", "sigmoid"]
+Optimizer = Literal["adamw", "cma"]
 IncludeOwn = Literal["auto", "yes", "no"]
 _OWN: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
 _PANEL = "Interpolation"
@@ -52,7 +54,7 @@ def interpolate(
         TrainMode,
         typer.Option(
             help="What is trained: the weights and all experts (the paper), the weights and one shared difference "
-            "(less memory), the weights alone, or nothing.",
+            "(less memory), the weights alone, nothing, or one expert that starts at the blend.",
             rich_help_panel=_PANEL,
         ),
     ] = "experts",
@@ -72,12 +74,52 @@ def interpolate(
             rich_help_panel=_PANEL,
         ),
     ] = ("module"),
+    coefficients: Annotated[
+        Coefficients,
+        typer.Option(
+            help="What a weight may be: shares of one (the paper), any signed number, or each between 0 and 1.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = "softmax",
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="Of softmax and sigmoid weights.", rich_help_panel=_PANEL)
+    ] = 1.0,
+    optimizer: Annotated[
+        Optimizer,
+        typer.Option(
+            help="How the weights are learned: by gradients, or without them by CMA-ES (with --train-mode weights).",
+            rich_help_panel=_PANEL,
+        ),
+    ] = "adamw",
+    weights_to_start: Annotated[
+        float,
+        typer.Option(
+            metavar="X", min=0, help="Penalty on the weights' squared distance to their start.", rich_help_panel=_PANEL
+        ),
+    ] = 0.0,
+    weights_spread: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="Reward for the entropy of softmax weights; below 0 a penalty on it.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = 0.0,
     rank: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=1,
             help="LoRA: largest rank of the result; by default the exact one, the sum of the experts' ranks.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=0,
+            help="LoRA: the smallest rank of each module that keeps the relative error of its ΔW at or below this.",
             rich_help_panel=_PANEL,
         ),
     ] = None,
@@ -94,6 +136,8 @@ def interpolate(
         raise typer.BadParameter("--include-own yes needs --own EXPERT")
     target = source.load(task)
     with output.status(f"loading {model.backbone}"):
+        from pituning.training.crossfit import Search
+        from pituning.training.interpolate import ALPHA_LEARNING_RATE
         from pituning.training.interpolate import interpolate as blend
 
         experts_pool = pool.open()
@@ -109,7 +153,11 @@ def interpolate(
         found = blend(
             backbone, target, chosen, own, train=train_mode, granularity=granularity, init=weights,
             similarities=ranking.similarities[: len(chosen)], include_own=_OWN[include_own], seed=source.seed,
-            rank=rank, name=folder.name,
+            coefficients=coefficients, temperature=temperature, rank=rank, max_error=max_error, name=folder.name,
+            search=Search(
+                alpha_learning_rate=ALPHA_LEARNING_RATE if optimizer == "adamw" else 0.0, optimizer=optimizer,
+                weights_to_start=weights_to_start, weights_spread=weights_spread,
+            ),
         )  # fmt: skip
     saving.write(found.expert, folder)
     output.result(
@@ -141,7 +189,7 @@ def _tables(found: Interpolation) -> list[Group]:
 
 
 def _starting_weights(init: str) -> str | Sequence[float]:
-    if not init[:1].isdigit() and not init.startswith("."):
+    if not init[:1].isdigit() and not init.startswith((".", "-")):
         return init
     try:
         return [float(part) for part in init.split(",")]

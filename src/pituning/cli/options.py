@@ -21,7 +21,8 @@ TaskName = Annotated[
     typer.Argument(metavar="TASK", help="A built-in task such as sst2, or the name of your own.", show_default=False),
 ]
 Method = Annotated[
-    str, typer.Option(metavar="NAME", help="How the backbone is adapted: lora, bottleneck, prefix, prompt, ia3 or bitfit.")
+    str,
+    typer.Option(metavar="NAME", help="How the backbone is adapted: lora, bottleneck, prefix, prompt, ia3 or bitfit."),
 ]
 
 TaskKind = Literal[

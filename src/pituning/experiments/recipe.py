@@ -56,8 +56,8 @@ class InterpolationSection(_Strict):
     kind: str = "score"
     reference: Literal["shared", "own"] = "shared"
     top: int = Field(default=3, ge=1)
-    train: Literal["experts", "shared", "weights", "none"] = "experts"
-    granularity: Literal["model", "layer", "attention", "module", "tensor"] = "module"
+    train: Literal["experts", "shared", "weights", "none", "merge-then-tune"] = "experts"
+    granularity: Literal["model", "encoder-decoder", "layer", "attention", "module", "tensor"] = "module"
     init: Literal["score", "uniform"] = "score"
     include_own: Literal["auto", True, False] = "auto"
     alternatives: bool = True

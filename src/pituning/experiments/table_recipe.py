@@ -85,8 +85,8 @@ class StageThree(_Strict):
     kind: str = "fisher"
     reference: Literal["shared", "own"] = "own"
     top: Positive = 2
-    train: Literal["experts", "shared", "weights", "none"] = "experts"
-    granularity: Literal["model", "layer", "attention", "module", "tensor"] = "module"
+    train: Literal["experts", "shared", "weights", "none", "merge-then-tune"] = "experts"
+    granularity: Literal["model", "encoder-decoder", "layer", "attention", "module", "tensor"] = "module"
     init: Literal["uniform", "similarity", "score"] = "uniform"
     include_own: bool = True
     training: TrainingSection = TrainingSection()

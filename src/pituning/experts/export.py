@@ -27,7 +27,11 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 PROBES = tuple(
     Example(id=f"probe/{n}", texts=(text,), prompt=text, target=target, choices=("yes", "no"))
     for n, (text, target) in enumerate(
-        (("is this the merged model?", "yes"), ("the quick brown fox jumps over the lazy dog", "no"), ("1 + 1 = 3", "no"))
+        (
+            ("is this the merged model?", "yes"),
+            ("the quick brown fox jumps over the lazy dog", "no"),
+            ("1 + 1 = 3", "no"),
+        )
     )
 )
 

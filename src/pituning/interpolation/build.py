@@ -23,7 +23,8 @@ Granularity = str | Callable[[str], str]
 
 PREFIX = "base_model.model."
 _ADAPTER_PART = re.compile(
-    r"\.(lora_[AB]|bottleneck_(down|up)|prefix_(key|value|embedding|down|up)|bitfit_bias)(\.(weight|bias))?$"
+    r"\.(lora_[AB]|bottleneck_(down|up)|prefix_(key|value|embedding|down|up)|bitfit_bias|ia3_l|prompt_embedding|"
+    r"ln_tuning_layers)(\.(weight|bias))?$"
 )
 # self_attn, cross_attn, encoder_attn, attention, SelfAttention, EncDecAttention …, but not self_attn_output or a norm
 _ATTENTION = re.compile(r"(.*_)?attn|.*attention", re.IGNORECASE)

@@ -14,8 +14,8 @@ from pituning.errors import RefusedError
 from pituning.experts.expert import Expert, tensor_hash
 from pituning.interpolation.build import (
     MEANING,
-    ZEROS,
     PREFIX,
+    ZEROS,
     common_start,
     group_name,
     is_lora,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pituning.errors import RefusedError, unknown_name
-from pituning.experts.expert import Expert, ExpertCard, tensor_hash
+from pituning.experts.expert import Expert, ExpertCard, start_of, tensor_hash
 from pituning.interpolation.build import is_lora, require_compatible
 from pituning.interpolation.changes import (
     Built,
@@ -32,8 +32,10 @@ from pituning.interpolation.changes import (
     parameter_space,
 )
 from pituning.interpolation.mixture import LowRank
+from pituning.methods.prefix import folded
 
 if TYPE_CHECKING:
+    from pituning.backbones.base import Backbone
     from pituning.similarity.embedding import TaskEmbedding
 
 COMBINATIONS = ("linear", "ties")
@@ -71,6 +73,36 @@ def merge(experts: Sequence[Expert], operator: str, **settings: Any) -> Merged:
     if missing := [name for name, required in known.items() if required and name not in settings]:
         raise RefusedError(f"{operator} needs the setting {missing[0]!r}")
     return OPERATORS[operator](experts, **settings)
+
+
+def repeat_merge(merged: Expert, parents: Sequence[Expert], backbone: Backbone | None = None) -> Expert | None:
+    """Carry out the merge that an expert's card records once more, from the experts that it names.
+
+    Args:
+        parents: in the order of the card's lineage.
+        backbone: needed where the operator asks for φ_0.
+
+    Returns:
+        the result; ``None`` where the card does not say enough: Fisher merging needs the embeddings that were used.
+
+    Raises:
+        as :func:`merge`.
+    """
+    record = merged.card.training
+    operator = str(record["operator"])
+    if operator == "fisher_merge" or operator not in OPERATORS:
+        return None
+    if operator == "greedy_soup":  # the card names those that were taken
+        operator = "uniform_soup"
+    known = operator_settings(operator)
+    settings = {k: v for k, v in record.items() if k in known}
+    if "weights" in known:
+        settings["weights"] = [float(p["weight"]) for p in merged.card.lineage]
+    if needs_initial(operator, parents[0]):
+        if backbone is None:
+            return None
+        settings["initial"] = folded(*start_of(backbone, parents[0]))[1]
+    return merge(parents, operator, **settings).expert
 
 
 def operator_settings(operator: str) -> dict[str, bool]:

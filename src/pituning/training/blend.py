@@ -191,8 +191,17 @@ def collapsed(
     """The trained mixture as one expert, with the weights of its members by group."""
     weights = mixture.weights().detach().cpu().tolist()
     groups = group_names(members, granularity if len(weights) > 1 else "model")
-    if (rank, max_error) != (None, None):
-        card = replace(card, training={**card.training, "rank": rank, "max_error": max_error})
-    folded = collapse(mixture, config, card, rank, max_error)
     by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
-    return Interpolation(folded.expert, tuple(e.name for e in members), by_group, (), folded.errors)
+    folded = collapse(mixture, config, card, rank, max_error)
+    record = {
+        "train": mixture.train_mode,
+        "granularity": granularity if isinstance(granularity, str) else getattr(granularity, "__name__", "function"),
+        "coefficients": mixture.coefficients.kind,
+        "temperature": mixture.coefficients.temperature,
+        "weights": {group: list(row) for group, row in by_group.items()},
+        "rank": rank,
+        "max_error": max_error,
+        "errors": {module: error for module, error in folded.errors.items() if error},
+    }
+    expert = folded.expert.with_card(training={**card.training, "interpolation": record})
+    return Interpolation(expert, tuple(e.name for e in members), by_group, (), folded.errors)

@@ -21,6 +21,9 @@ from pituning.training.starts import blend_start, expert_log_loss, initial_weigh
 from pituning.training.train_expert import fold_experts
 from pituning.training.trainer import fit
 
+ALPHA_LEARNING_RATE = 1e-2
+"""Of α in the search that is made where none is given."""
+
 
 def interpolate(
     backbone: Backbone,
@@ -91,7 +94,7 @@ def choose(
     Raises:
         as :func:`interpolate`.
     """
-    search = search or Search(alpha_learning_rate=1e-2)
+    search = search or Search(alpha_learning_rate=ALPHA_LEARNING_RATE)
     require_consistent(experts, own, init, include_own, similarities)
     for expert in (*experts, *([own] if own else [])):
         expert.require_backbone(backbone)
