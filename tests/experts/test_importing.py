@@ -17,8 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from pituning.backbones.base import Backbone
 from pituning.errors import BackboneMismatchError, RefusedError
-from pituning.experts import ExpertCard
-from pituning.experts.health import broken, duplicates, without_effect
+from pituning.experts import ExpertCard, ExpertPool
+from pituning.experts.health import broken, without_effect
 from pituning.experts.importing import import_expert, import_notes
 from pituning.interpolation import build_mixture, collapse
 from pituning.methods import attached
@@ -233,10 +233,15 @@ class TestBroken:
             assert (method == "bottleneck") == (not foreign), "a bottleneck starts near, not at, no effect"
             assert broken(random_expert(backbone_of(family), method, 1)) == []
 
-    def test_twice_the_same(self, bert: Backbone, random_expert: Any) -> None:
-        one, two = random_expert(bert, "lora", 1, name="one"), random_expert(bert, "lora", 2, name="two")
-        copy = one.with_card(name="copy", task="another")
-        assert duplicates([one, two, copy]) == [["one", "copy"]]
+    def test_twice_the_same_and_untrained_in_a_pool(self, bert: Backbone, random_expert: Any, tmp_path: Path) -> None:
+        pool = ExpertPool(tmp_path)
+        for seed, name in ((1, "one"), (2, "two"), (1, "then")):
+            pool.add(random_expert(bert, "lora", seed), name)
+        pool.add(random_expert(bert, "lora", 3, scale=0.0), "zero")
+        report = pool.verify(bert)
+        assert (report["one"], report["two"]) == ("", "")
+        assert report["then"] == "expert 'then' has the same tensors as 'one', bit by bit"
+        assert "never trained" in report["zero"]
 
 
 class TestFolders:

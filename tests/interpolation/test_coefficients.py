@@ -82,9 +82,7 @@ def test_any_weights_reach_out_from_the_common_start(
         start = initial or {k: torch.full_like(t, NATURAL[method]) for k, t in experts[0].tensors.items()}
         summed = {}
         for key, origin in start.items():
-            away = sum(
-                w * (e.tensors[key].double() - origin.double()) for w, e in zip(weights, experts, strict=True)
-            )
+            away = sum(w * (e.tensors[key].double() - origin.double()) for w, e in zip(weights, experts, strict=True))
             summed[key] = (origin.double() + away).to(dtype)
         expected = attached_loss(backbone, replace(experts[0], tensors=summed), examples)
     # weights of several units cancel digits
@@ -139,7 +137,9 @@ class TestPenalty:
         assert not torch.isnan(mixture.alpha.grad).any()
 
     def test_linear_weights_are_no_distribution(self, bert: Backbone, random_experts: Any) -> None:
-        mixture, _ = build_mixture(random_experts(bert, "lora", 2, 1), [1.0, -0.5], train="weights", coefficients="linear")
+        mixture, _ = build_mixture(
+            random_experts(bert, "lora", 2, 1), [1.0, -0.5], train="weights", coefficients="linear"
+        )
         with pytest.raises(RefusedError, match="linear weights are no distribution"):
             mixture.penalty(0.0, 1.0)
 

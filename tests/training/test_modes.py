@@ -194,7 +194,9 @@ class TestRegularisers:
         moved = []
         for pull in (0.0, 1e4):
             mixture, config = build_mixture(experts, HALVES, granularity="model", train="weights")
-            settings = TrainSettings(alpha_learning_rate=0.05, steps=20, batch_size=8, weights_to_start=pull, warmup=0.0)
+            settings = TrainSettings(
+                alpha_learning_rate=0.05, steps=20, batch_size=8, weights_to_start=pull, warmup=0.0
+            )
             fit(bert, mixture, config, examples, settings)
             moved.append(float((mixture.weights().detach() - torch.tensor([HALVES])).abs().max()))
         assert moved[1] < 0.2 * moved[0]

@@ -112,10 +112,10 @@ def _require_untied(peft_model: nn.Module, expert: Expert) -> None:
     for name, layer in peft_model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             for part, parameter in layer.get_base_layer().named_parameters():
-                places = {n.replace(".base_layer", "") for n in names[id(parameter)]}
-                if len(places) > 1:
-                    where = name.removeprefix("base_model.model.")
-                    problems.append(f"{where}.{part} {list(parameter.shape)} is also {', '.join(sorted(places)[:3])}")
+                here = f"{name.removeprefix('base_model.model.')}.{part}"
+                others = {n.replace(".base_layer", "") for n in names[id(parameter)]} - {here}
+                if others:
+                    problems.append(f"{here} {list(parameter.shape)} is also {', '.join(sorted(others))}")
     if problems:
         raise RefusedError(
             f"expert {expert.name!r} adapts weights that the model uses in more than one place; folding it in would change "

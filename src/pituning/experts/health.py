@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-
 import torch
 
 from pituning.errors import ExpertError
@@ -65,14 +62,6 @@ def require_sound(expert: Expert) -> None:
     """
     if problems := broken(expert):
         raise ExpertError(f"expert {expert.name!r} is broken:{listed(problems)}")
-
-
-def duplicates(experts: Iterable[Expert]) -> list[list[str]]:
-    """Names of experts whose tensors are the same bit by bit, in groups of two and more."""
-    by_hash: dict[str, list[str]] = defaultdict(list)
-    for expert in experts:
-        by_hash[tensor_hash(expert.tensors)].append(expert.name)
-    return [names for names in by_hash.values() if len(names) > 1]
 
 
 def _modules(expert: Expert) -> set[str]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, unknown_name
-from pituning.experts.expert import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Expert, recover_interrupted
+from pituning.experts.expert import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Expert, recover_interrupted, tensor_hash
+from pituning.experts.health import require_sound
 
 
 class ExpertPool:
@@ -69,14 +70,22 @@ class ExpertPool:
         return expert.with_card(name=name).save(self.folder / name)
 
     def verify(self, backbone: Backbone | None = None) -> dict[str, str]:
-        """Load and check every expert; returns the problem by name, empty where there is none."""
-        report = {}
+        """Load and check every expert; returns the problem by name, empty where there is none.
+
+        A problem is also an expert that has no effect, and one whose tensors are those of another.
+        """
+        report: dict[str, str] = {}
+        first_with: dict[str, str] = {}
         for name in self.names():
             try:
-                self.load(name).verify(backbone)
-                report[name] = ""
+                expert = self.load(name)
+                expert.verify(backbone)
+                require_sound(expert)
             except ExpertError as error:
                 report[name] = str(error)
+                continue
+            first = first_with.setdefault(tensor_hash(expert.tensors), name)
+            report[name] = "" if first == name else f"expert {name!r} has the same tensors as {first!r}, bit by bit"
         return report
 
     def __iter__(self) -> Iterator[Expert]:
