@@ -1,10 +1,10 @@
-# make demo | test | lint | docs | bench: each creates .venv on first use and installs what it needs.
+# make demo | test | prove | lint | docs | bench: each creates .venv on first use and installs what it needs.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint docs speed clean
+.PHONY: demo test prove lint docs speed clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ demo: $(VENV)/.demo  ## the whole pipeline on real sentences: prints the result 
 
 test: $(VENV)/.test  ## the whole suite, slow tests included
 	$(BIN)/python -m pytest
+
+prove: $(VENV)/.test  ## the invariants of every interpolation, over 10,000 random cases (half an hour)
+	PITUNING_CASES=10000 $(BIN)/python -m pytest tests/interpolation/test_invariants.py
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .

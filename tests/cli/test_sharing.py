@@ -28,7 +28,7 @@ def test_import_then_verify_then_export(
     foreign: Path,
     pool: ExpertPool,
     backbone_folder: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     at = ["--pool", pool.folder]
     found = run_json(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -27,6 +28,7 @@ class MixtureModel(nn.Module):
         self._outside = _Outside(
             _Caller(site.backbone),
             {k: f"model.{n}" for k, n in site.live_names.items()},
+            {k: p.dtype for k, p in site.parameters.items()},
             [m for layer in site.peft_model.modules() if isinstance(layer, BaseTunerLayer) for m in _dropouts(layer)],
         )
 
@@ -51,7 +53,8 @@ class MixtureModel(nn.Module):
 
     def _run(self, method: str, *arguments: Any) -> Tensor:
         outside = self._outside
-        replaced = {outside.names[key]: tensor for key, tensor in self.mixture().items()}
+        # as attaching does: an expert that is stored in another dtype runs in the backbone's
+        replaced = {outside.names[key]: t.to(outside.dtypes[key]) for key, t in self.mixture().items()}
         result: Tensor = functional_call(outside.caller, replaced, (method, *arguments))
         return result
 
@@ -83,9 +86,12 @@ class _Caller(nn.Module):
 class _Outside:
     """Holds modules where ``nn.Module`` does not look for sub-modules."""
 
-    def __init__(self, caller: _Caller, names: dict[str, str], dropouts: list[nn.Module]) -> None:
+    def __init__(
+        self, caller: _Caller, names: dict[str, str], dtypes: dict[str, torch.dtype], dropouts: list[nn.Module]
+    ) -> None:
         self.caller = caller
         self.names = names
+        self.dtypes = dtypes
         self.dropouts = dropouts
 
 
