@@ -11,8 +11,7 @@ import torch
 from transformers import BertModel
 
 from pituning.experts import Expert, ExpertPool
-from tests.cli.test_cli import bert as backbone_folder  # noqa: F401
-from tests.cli.test_cli import data, error, pool, run, run_json, short_search  # noqa: F401
+from tests.cli.test_cli import error, run, run_json
 from tests.conftest import BackboneOf, RandomExpert
 
 
@@ -27,22 +26,20 @@ def foreign(tmp_path: Path, backbone_of: BackboneOf, random_expert: RandomExpert
 def test_import_then_verify_then_export(
     foreign: Path,
     pool: ExpertPool,
-    backbone_folder: Path,
+    bert_folder: Path,
     tmp_path: Path,
 ) -> None:
     at = ["--pool", pool.folder]
-    found = run_json(
-        "import", foreign, "--backbone", backbone_folder, *at, "--task", "sst2", "--any-base", "--name", "new"
-    )
+    found = run_json("import", foreign, "--backbone", bert_folder, *at, "--task", "sst2", "--any-base", "--name", "new")
     assert (found["name"], found["changed"]) == ("new", None)
     assert Expert.load(found["folder"]).card.task == "sst2"
-    checks = run_json("verify", "new", "--backbone", backbone_folder, *at)["checks"]
+    checks = run_json("verify", "new", "--backbone", bert_folder, *at)["checks"]
     assert {c["check"]: c["ok"] for c in checks} == {
         "files": True, "health": True, "backbone": True, "plain PEFT": True, "lineage": None,
     }  # fmt: skip
     page = run("verify", "new", *at).stdout
     assert "no backbone given" in page
-    done = run_json("export", "new", "--out", tmp_path / "merged", "--backbone", backbone_folder, *at)
+    done = run_json("export", "new", "--out", tmp_path / "merged", "--backbone", bert_folder, *at)
     assert done["largest_relative_difference"] < 1e-4
     assert isinstance(BertModel.from_pretrained(done["folder"]), BertModel)
 
@@ -50,17 +47,17 @@ def test_import_then_verify_then_export(
 def test_a_folder_that_is_broken_is_not_imported(
     foreign: Path,
     pool: ExpertPool,
-    backbone_folder: Path,  # noqa: F811
+    bert_folder: Path,
 ) -> None:
     path = foreign / "adapter_model.safetensors"
     tensors = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in safetensors.torch.load_file(path).items()}
     safetensors.torch.save_file(tensors, path)
-    text = error("import", foreign, "--backbone", backbone_folder, "--any-base", "--pool", pool.folder)
+    text = error("import", foreign, "--backbone", bert_folder, "--any-base", "--pool", pool.folder)
     assert "expert 'foreign' is broken" in text
     assert "foreign" not in pool.names()
 
 
-def test_verify_fails_with_exit_code_one(pool: ExpertPool) -> None:  # noqa: F811
+def test_verify_fails_with_exit_code_one(pool: ExpertPool) -> None:
     card = pool.folder / "word_tone" / "expert.json"
     card.write_text(json.dumps({**json.loads(card.read_text()), "sha256": "0"}))
     document = run_json("verify", "word_tone", "--pool", pool.folder, code=1)
@@ -69,7 +66,7 @@ def test_verify_fails_with_exit_code_one(pool: ExpertPool) -> None:  # noqa: F81
     assert "no such" in run("verify", "nobody", "--pool", pool.folder, code=1).output.lower()
 
 
-def test_push_and_pull(pool: ExpertPool, tmp_path: Path) -> None:  # noqa: F811
+def test_push_and_pull(pool: ExpertPool, tmp_path: Path) -> None:
     place = run_json("push", "word_tone", tmp_path / "repository", "--pool", pool.folder)["place"]
     assert Path(place).is_dir()
     found = run_json("pull", tmp_path / "repository", "word_tone", "--pool", tmp_path / "another")
@@ -93,10 +90,10 @@ def test_how_weights_are_made(
     options: list[str],
     kind: str,
     pool: ExpertPool,
-    backbone_folder: Path,
-    data: Path,  # noqa: F811
+    bert_folder: Path,
+    data: Path,
 ) -> None:
-    arguments = ["movie_quotes", "--data", data, "--shots", "4", "--pool", pool.folder, "--backbone", backbone_folder]
+    arguments = ["movie_quotes", "--data", data, "--shots", "4", "--pool", pool.folder, "--backbone", bert_folder]
     experts = ["--experts", "word_tone,pocket_gear"]
     found = run_json("interpolate", *arguments, *experts, *options)
     expert = Expert.load(found["folder"])
