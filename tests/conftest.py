@@ -9,6 +9,7 @@ import random
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -36,6 +37,7 @@ from pituning.experts.expert import tensor_hash
 from pituning.interpolation import Mixture
 from pituning.methods import attached, config_dict, initial_tensors, make_config
 from pituning.tasks import Task
+from pituning.training.crossfit import Search
 from pituning.training.module import running
 
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
@@ -415,3 +417,11 @@ def message() -> Callable[..., str]:
         return str(caught.value)
 
     return text
+
+
+@pytest.fixture
+def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One learning rate, two folds, two steps, for every few-shot decision."""
+    short = partial(Search, learning_rates=(1e-3,), steps=2, eval_every=1, folds=2)
+    for module in ("train_expert", "interpolate", "crossfit"):
+        monkeypatch.setattr(f"pituning.training.{module}.Search", short)

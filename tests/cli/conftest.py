@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pituning.experts import ExpertPool
-from pituning.training.crossfit import Search
 from tests.conftest import BackboneOf, RandomExamples, RandomExpert
 
 
 @pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory, backbone_of: BackboneOf) -> Path:
+def bert(tmp_path_factory: pytest.TempPathFactory, backbone_of: BackboneOf) -> Path:
     """Folder with a tiny random BERT, as transformers saves it."""
     folder = tmp_path_factory.mktemp("backbone") / "bert"
     backbone = backbone_of("encoder")
@@ -44,14 +42,6 @@ def pool(tmp_path: Path, backbone_of: BackboneOf, random_expert: RandomExpert) -
         expert = random_expert(backbone_of("encoder"), "lora", seed, name=task)
         found.add(expert.with_card(task=task, metrics={"dev log-loss": 0.5}))
     return found
-
-
-@pytest.fixture
-def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One learning rate, two folds, two steps, for every few-shot decision."""
-    short = partial(Search, learning_rates=(1e-3,), steps=2, eval_every=1, folds=2)
-    for module in ("train_expert", "interpolate", "crossfit"):
-        monkeypatch.setattr(f"pituning.training.{module}.Search", short)
 
 
 @pytest.fixture

@@ -12,9 +12,7 @@ from PIL import Image
 
 from pituning import evaluate, load_task
 from pituning.experts import ExpertPool
-from tests.cli.test_cli import bert, data, error, pool, run, run_json
-
-__all__ = ["bert", "data", "pool"]
+from tests.cli.test_cli import error, run, run_json
 
 
 @pytest.fixture

@@ -86,12 +86,6 @@ def pituning(*arguments: str, folder: Path | None = None) -> subprocess.Complete
     return process("from pituning.cli import main; main()", *arguments, folder=folder)
 
 
-@pytest.fixture
-def bert(bert_folder: Path) -> Path:
-    """Folder with a tiny random BERT, as transformers saves it."""
-    return bert_folder
-
-
 class TestHelp:
     @pytest.mark.parametrize("verb", VERBS)
     def test_every_verb_says_what_it_does_with_an_example(self, verb: str) -> None:

@@ -9,10 +9,8 @@ import pytest
 
 from pituning.backbones.base import Backbone
 from pituning.experts import Expert, ExpertPool
-from tests.cli.test_cli import LABELS, error, run, run_json, short_search
+from tests.cli.test_cli import LABELS, error, run, run_json
 from tests.pointing import pointing, write_grounding
-
-__all__ = ["short_search"]
 
 CORNERS = "a grounding file with corners"
 GROUNDING = ["--task-kind", "grounding"]

@@ -17,10 +17,8 @@ from pituning.methods import attached, initial_tensors
 from pituning.similarity import embed_task
 from pituning.tasks import load_task
 from pituning.training.evaluation import mean_log_loss
-from tests.cli.test_cli import bert, data, error, pool, run, run_json
+from tests.cli.test_cli import error, run, run_json
 from tests.conftest import RandomExpert
-
-__all__ = ["bert", "data", "pool"]
 
 PREFIX = "base_model.model."
 

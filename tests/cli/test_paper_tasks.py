@@ -16,9 +16,7 @@ from pituning import evaluate, predict
 from pituning.experts import ExpertPool
 from pituning.tasks import load_task
 from tests.backbones.ofa.conftest import build_backbone
-from tests.cli.test_cli import error, run, run_json, short_search
-
-__all__ = ["short_search"]
+from tests.cli.test_cli import error, run, run_json
 
 COLOURS = {"red": (200, 0, 0), "blue": (0, 0, 200)}
 

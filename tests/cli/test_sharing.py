@@ -26,20 +26,20 @@ def foreign(tmp_path: Path, backbone_of: BackboneOf, random_expert: RandomExpert
 def test_import_then_verify_then_export(
     foreign: Path,
     pool: ExpertPool,
-    bert_folder: Path,
+    bert: Path,
     tmp_path: Path,
 ) -> None:
     at = ["--pool", pool.folder]
-    found = run_json("import", foreign, "--backbone", bert_folder, *at, "--task", "sst2", "--any-base", "--name", "new")
+    found = run_json("import", foreign, "--backbone", bert, *at, "--task", "sst2", "--any-base", "--name", "new")
     assert (found["name"], found["changed"]) == ("new", None)
     assert Expert.load(found["folder"]).card.task == "sst2"
-    checks = run_json("verify", "new", "--backbone", bert_folder, *at)["checks"]
+    checks = run_json("verify", "new", "--backbone", bert, *at)["checks"]
     assert {c["check"]: c["ok"] for c in checks} == {
         "files": True, "health": True, "backbone": True, "plain PEFT": True, "lineage": None,
     }  # fmt: skip
     page = run("verify", "new", *at).stdout
     assert "no backbone given" in page
-    done = run_json("export", "new", "--out", tmp_path / "merged", "--backbone", bert_folder, *at)
+    done = run_json("export", "new", "--out", tmp_path / "merged", "--backbone", bert, *at)
     assert done["largest_relative_difference"] < 1e-4
     assert isinstance(BertModel.from_pretrained(done["folder"]), BertModel)
 
@@ -47,12 +47,12 @@ def test_import_then_verify_then_export(
 def test_a_folder_that_is_broken_is_not_imported(
     foreign: Path,
     pool: ExpertPool,
-    bert_folder: Path,
+    bert: Path,
 ) -> None:
     path = foreign / "adapter_model.safetensors"
     tensors = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in safetensors.torch.load_file(path).items()}
     safetensors.torch.save_file(tensors, path)
-    text = error("import", foreign, "--backbone", bert_folder, "--any-base", "--pool", pool.folder)
+    text = error("import", foreign, "--backbone", bert, "--any-base", "--pool", pool.folder)
     assert "expert 'foreign' is broken" in text
     assert "foreign" not in pool.names()
 
@@ -90,10 +90,10 @@ def test_how_weights_are_made(
     options: list[str],
     kind: str,
     pool: ExpertPool,
-    bert_folder: Path,
+    bert: Path,
     data: Path,
 ) -> None:
-    arguments = ["movie_quotes", "--data", data, "--shots", "4", "--pool", pool.folder, "--backbone", bert_folder]
+    arguments = ["movie_quotes", "--data", data, "--shots", "4", "--pool", pool.folder, "--backbone", bert]
     experts = ["--experts", "word_tone,pocket_gear"]
     found = run_json("interpolate", *arguments, *experts, *options)
     expert = Expert.load(found["folder"])

@@ -19,9 +19,6 @@ from pituning.methods import make_config
 from pituning.metrics.registry import metric_named
 from pituning.tasks.task import _REGISTRY, task_names
 from tests.backbones.ofa.conftest import build_backbone
-from tests.cli.test_cli import short_search
-
-__all__ = ["short_search"]
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TABLES = sorted([*RECIPES.glob("ofa/*.yaml"), *RECIPES.glob("t5/*.yaml")])
