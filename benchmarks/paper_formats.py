@@ -3,9 +3,10 @@
     python scripts/build_paper_formats.py ../shared/data /tmp/formats
     python benchmarks/paper_formats.py --data /tmp/formats --work /tmp/formats-run
 
-A model of 1.6 million parameters is trained from nothing on the rows in ``pretrain/`` (all of its parameters; kept in the
-work folder), so that it can see; it is then frozen. Everything after that goes through the command line: an expert for
-each task on the rows in ``target/``, and the evaluation of the bare model and of the expert on rows that neither has seen.
+A model of 1.6 million parameters is trained from nothing on the rows in ``pretrain-first/`` and ``pretrain/`` (all of its
+parameters; kept in the work folder), so that it can see; it is then frozen. Everything after that goes through the command
+line: an expert for each task on the rows in ``target/``, and the evaluation of the bare model and of the expert on rows that
+neither has seen.
 
 *Chance* is the most frequent answer, one half, or the better of the best training box and the mean box of each expression.
 *Blind* is the best that the text alone gives away: the usual answer to each question, the usual box of each expression.
@@ -45,7 +46,13 @@ SIZES: dict[str, Any] = {
     "image_bucket_size": 12, "code_image_size": 32, "dropout": 0.0, "init_std": 0.06,
     "entangle_position_embedding": True,  # positions in the contents too, not in the attention scores alone
 }  # fmt: skip
-SHARES = {"refcoco": 16, "vqa": 8, "snli_ve": 12, "snli_ve-premise": 8}  # of the examples of a step of pretraining
+FIRST = {
+    "snli_ve": 36,
+    "snli_ve-premise": 12,
+}  # examples of a step, from pretrain-first/: the first steps hold no others
+FIRST_STEPS = 900
+LATER = {"snli_ve": 10, "snli_ve-premise": 4}  # the same, in all other steps
+SHARES = {"refcoco": 16, "vqa": 8, "snli_ve": 30, "snli_ve-premise": 10}  # from pretrain/
 TESTS = {"refcoco": ("testA", "testB"), "vqa": ("test",), "snli_ve": ("test",), "snli_ve-premise": ("test",)}
 SETTINGS = ["--method", "bottleneck", "--learning-rate", "1e-3"]
 EPOCHS = {"refcoco": 3, "vqa": 3, "snli_ve": 6, "snli_ve-premise": 6}
@@ -69,10 +76,15 @@ def build_model(texts: Sequence[str]) -> tuple[OFAForConditionalGeneration, OFAP
 
 
 def pretrain(data: Path, folder: Path, steps: int) -> None:
-    """Train all parameters on the pretraining rows of every task, and write a folder that ``load_backbone`` reads."""
-    tasks = [load_task(name, data=data) for name in TASKS]
+    """Train all parameters on the pretraining rows of every task, and write a folder that ``load_backbone`` reads.
+
+    It begins with sentences that say no more than that there is a thing of some kind: of longer ones alone, a model that
+    cannot see yet learns nothing in this time.
+    """
+    first = {name: load_task(name, data=data / "pretrain-first") for name in FIRST}
+    tasks = {name: load_task(name, data=data / "pretrain") for name in TASKS}
     model, processor = build_model(
-        [t for task in tasks for e in task.split("train") for t in (e.prompt, f" {e.target}")]
+        [t for task in tasks.values() for e in task.split("train") for t in (e.prompt, f" {e.target}")]
     )
     backbone = OFABackbone("tiny", model, processor)
     model.requires_grad_(True)
@@ -85,24 +97,28 @@ def pretrain(data: Path, folder: Path, steps: int) -> None:
         f"{sum(p.numel() for p in weights) / 1e6:.2f}M parameters, {len(processor.tokenizer.bpe.get_vocab())} symbols",
         flush=True,
     )
-    streams = [(SHARES[task.name], _shuffled(task)) for task in tasks]
+    simple = {f"{name}, first": _shuffled(task) for name, task in first.items()}
+    full = {name: _shuffled(task) for name, task in tasks.items()}
+    later = {**{f"{name}, first": share for name, share in LATER.items()}, **SHARES}
     seen: dict[str, list[float]] = defaultdict(list)
     start = time.perf_counter()
     stem = model.get_encoder().embed_images
     with torch.no_grad():
         # statistics over all kinds of pictures: later batches hold one kind each, and must not move them
         for _ in range(40):
-            examples = [next(stream) for _, stream in streams for _ in range(8)]
+            examples = [next(stream) for stream in full.values() for _ in range(8)]
             stem.train()(backbone.collate(examples)["patch_images"])
+        _places_as_large_as_contents(model, backbone.collate(examples)["patch_images"])
     for step in range(1, steps + 1):
         model.train()
         stem.eval()
         optimizer.zero_grad()
-        for share, stream in streams:  # one task at a time: texts of similar length need less padding
-            examples = [next(stream) for _ in range(share)]
+        shares = {f"{name}, first": share for name, share in FIRST.items()} if step <= FIRST_STEPS else later
+        for name, share in shares.items():  # one task at a time: texts of similar length need less padding
+            examples = [next((simple | full)[name]) for _ in range(share)]
             losses = backbone.loss(backbone.collate(examples))
-            (losses.sum() / sum(SHARES.values())).backward()
-            seen[examples[0].id.split("/")[0]] += losses.tolist()
+            (losses.sum() / sum(shares.values())).backward()
+            seen[name] += losses.tolist()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
@@ -113,6 +129,15 @@ def pretrain(data: Path, folder: Path, steps: int) -> None:
     model.eval().save_pretrained(folder.with_suffix(".partial"))
     processor.save_pretrained(folder.with_suffix(".partial"))
     folder.with_suffix(".partial").rename(folder)
+
+
+@torch.no_grad()
+def _places_as_large_as_contents(model: OFAForConditionalGeneration, images: torch.Tensor) -> None:
+    """Scale the positions that are added to the contents, so that places can be told apart from the first step."""
+    encoder = model.get_encoder()
+    contents = encoder.image_proj(encoder.embed_images.eval()(images).flatten(2).transpose(1, 2))
+    table = encoder.embed_image_positions.weight
+    table.mul_((contents - contents.mean((0, 1))).std() / table.std())
 
 
 def _shuffled(task: Task) -> Iterator[Example]:
@@ -229,13 +254,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what scripts/build_paper_formats.py has written")
     parser.add_argument("--work", type=Path, required=True, help="for the model, the experts and the logs")
-    parser.add_argument("--steps", type=int, default=2000, help="of pretraining (default 2000)")
+    parser.add_argument("--steps", type=int, default=5000, help="of pretraining (default 5000)")
     parser.add_argument("--threads", type=int, default=2, help="of every process (default 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     if not (arguments.work / "tiny-ofa").is_dir():
-        pretrain(arguments.data / "pretrain", arguments.work / "tiny-ofa", arguments.steps)
+        pretrain(arguments.data, arguments.work / "tiny-ofa", arguments.steps)
     rows = measure(arguments.data / "target", arguments.work)
     (arguments.work / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     heads = "".join(f"{head:>7}" for head in ("chance", "blind", "bare", "expert"))

@@ -7,14 +7,16 @@ Usage::
     pituning train refcoco --data /tmp/formats/target --backbone …
 
 It writes ``target/refcoco_data/refcoco_{train,val,testA,testB}.tsv``, ``target/vqa_data/…`` and ``target/snli_ve_data/…``, and
-``pretrain/`` with other training rows of the same kinds, so that a tiny model can learn to see before an expert is trained. No
-scene, drawing, picture or sentence is in two files. The same seed writes the same files.
+``pretrain/`` with other training rows of the same kinds, so that a tiny model can learn to see before an expert is trained
+(``pretrain-first/`` has simpler ones for the start). No scene, drawing, picture or sentence is in two files, but those of the
+two that pretrain. The same seed writes the same files.
 
 - RefCOCO: scenes of CoDraw (Kim et al., ACL 2019; CC BY-NC 4.0; clip art of Abstract Scenes, Zitnick and Parikh, CVPR
   2013), the name of a thing that is there once, and its box. testA asks for people, testB for the rest, as RefCOCO's do.
 - VQA: drawings and questions of easy-VQA (MIT).
 - SNLI-VE: drawings and human sentences of NLVR (Suhr et al., ACL 2017; CC BY 4.0), as many true as false; the premise says
-  what is in the boxes. The pretraining rows hold no human sentence, but statements made from other drawings.
+  what is in the boxes. The pretraining rows hold statements that are made, about drawings that are made in NLVR's manner;
+  those in ``pretrain-first/`` say no more than that there is a thing of some kind.
 
 The data stay outside the repository.
 """
@@ -30,16 +32,16 @@ import pickle
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from build_grounding_data import BOX_STEP, COLOURS, REPOSITORY, SCALE, SIDES, Thing, things
+from build_grounding_data import REPOSITORY
+from nlvr_statements import drawing, invented, premise, simple_statements, statements_about
 
 SCENE = (125, 100)  # pixels of a stored scene, a quarter of CoDraw's canvas
 SCALES = (1.0, 0.7, 0.49)  # of a sprite, by its depth
@@ -54,17 +56,9 @@ NAMES = {
     "t_14s": "the fire",
 }  # fmt: skip
 VISIBLE = 0.7  # share of a sprite that must be on the canvas to be asked for
-BOX_SIDE = 100  # units
-ENDS = {"top": -1, "base": 0}
-TRIES = 8  # drawings among which a statement is true of one and false of another
-WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 Row = Sequence[str]
 Box = tuple[float, float, float, float]
-Contents = Sequence[Sequence[Thing]]
-"""The things in each of NLVR's three boxes, the lowest first."""
-Claim = tuple[str, bool]
-"""A sentence about a drawing, and whether it is true of it."""
 
 
 class Sprites:
@@ -163,11 +157,11 @@ def vqa_rows(folder: Path, counts: Mapping[str, int], seed: int) -> dict[str, li
 
 
 def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, seed: int) -> dict[str, list[Row]]:
-    """Rows for each split, and ``pretrain``: statements about the drawings that are left.
+    """Rows for each split, and ``pretrain`` and ``pretrain-first``: statements about invented drawings.
 
     A sentence has as many drawings that it is true of as others, so that its words alone give nothing away. The two orders of
-    the boxes that NLVR has of a drawing are both in ``train`` and ``pretrain``; ``dev`` and ``test`` have one. Drawings that
-    differ in the order of their boxes only are in one split, and no statement is a sentence of a person's.
+    the boxes that NLVR has of a drawing are both in ``train``; ``dev`` and ``test`` have one. Drawings that differ in the order
+    of their boxes only are in one split, and no statement is a sentence of a person's.
     """
     with gzip.open(folder / "examples.json.gz", "rt", encoding="utf-8") as file:
         records = json.load(file)
@@ -190,186 +184,20 @@ def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, se
                     by_label[record["label"]].append(record)
             for record in (r for pair in zip(by_label["true"], by_label["false"], strict=False) for r in pair):
                 split_of[_contents(record)] = split
-                rows.append(_entailment(record, record["sentence"], record["label"] == "true", pixels))
+                picture = _encoded(Image.fromarray(pixels[record["i"]]))
+                rows.append(
+                    _entailment(str(record["i"]), record, record["sentence"], record["label"] == "true", picture)
+                )
         found[split] = rows[: count // 2 * 2]
-    drawn = [r for sentence in waiting for r in groups[sentence] if _contents(r) not in split_of]
-    found["pretrain"] = [
-        _entailment(record, text, truth, pixels)
-        for record, text, truth in statements_about(drawn, statements, groups, random.Random(f"statements/{seed}"))
-    ]
+    for split, sparse, make in (("pretrain", False, statements_about), ("pretrain-first", True, simple_statements)):
+        rng = random.Random(f"{split}/{seed}")
+        drawn = [r for r in invented(max(60, statements // 2), rng, sparse=sparse) if _contents(r) not in split_of]
+        pictures = {id(record): _encoded(drawing(record)) for record in drawn}
+        found[split] = [
+            _entailment(f"{split}-{n}", record, text, truth, pictures[id(record)])
+            for n, (record, text, truth) in enumerate(make(drawn, statements, groups, rng))
+        ]
     return {split: [(str(n), *row) for n, row in enumerate(rows)] for split, rows in found.items()}
-
-
-def contents(record: Mapping[str, Any]) -> Contents:
-    """What is in the left, middle and right box of a record."""
-    shown = sorted(things(record["rep"], record["perm"]), key=lambda t: -t.box[3])
-    return [[t for t in shown if t.side == side] for side in SIDES]
-
-
-def are_towers(boxes: Contents) -> bool:
-    """Whether each box holds squares of one size that stand on each other."""
-    return all(
-        all(t.shape == "square" and t.size == "medium" and t.box[0] == box[0].box[0] for t in box) for box in boxes
-    )
-
-
-def touches(thing: Thing) -> bool:
-    """Whether a thing touches the edge of its box."""
-    x0, y0, x1, y1 = (c / SCALE for c in thing.box)
-    left = SIDES.index(thing.side) * BOX_STEP
-    return x0 <= left or x1 >= left + BOX_SIDE or y0 <= 0 or y1 >= BOX_SIDE
-
-
-def premise(record: Mapping[str, Any]) -> str:
-    """What is in each box, in words; a tower from its base to its top."""
-    boxes, parts = contents(record), []
-    for side, box in zip(SIDES, boxes, strict=True):
-        if are_towers(boxes):
-            inside = "tower " + " ".join(t.colour for t in box)
-        else:
-            counts = Counter((t.colour, t.shape, " touching" * touches(t)) for t in box)
-            inside = " and ".join(f"{WORDS[n]} {c} {s}{edge}" for (c, s, edge), n in sorted(counts.items()))
-        parts.append(f"{side} box {inside}")
-    return " . ".join(parts)
-
-
-def statements_about(
-    records: Sequence[Mapping[str, Any]], count: int, taken: Container[str], rng: random.Random
-) -> list[tuple[Mapping[str, Any], str, bool]]:
-    """Sentences that are not ``taken``, each with a drawing that it is true of and one that it is not, as NLVR has them.
-
-    Sentences that are true or false of nearly all drawings are left out, so that words alone give nothing away.
-
-    Raises:
-        ValueError: if there are too few drawings.
-    """
-    towers = [are_towers(contents(r)) for r in records]
-    kinds = [
-        [(r, contents(r)) for r, t in zip(records, towers, strict=True) if t == wanted] for wanted in (True, False)
-    ]
-    if min(map(len, kinds)) < TRIES:
-        raise ValueError(f"{len(records)} drawings are left for statements, and those are too few: ask for fewer rows")
-    found: list[tuple[Mapping[str, Any], str, bool]] = []
-    while len(found) < count:
-        is_tower = rng.random() < len(kinds[0]) / len(records)
-        make = rng.choice((_about_towers, _about_blocks) if is_tower else (_about_things, _about_boxes))
-        number, text, by_truth = rng.getrandbits(32), "", dict[bool, Mapping[str, Any]]()
-        for record, boxes in rng.sample(kinds[0 if is_tower else 1], TRIES):
-            text, truth = make(boxes, random.Random(number))  # the same words for all of them
-            by_truth.setdefault(truth, record)
-        if len(by_truth) == 2 and text not in taken:
-            found += [(record, text, truth) for truth, record in sorted(by_truth.items(), key=lambda item: item[0])]
-    return found[:count]
-
-
-def _about_towers(boxes: Contents, rng: random.Random) -> Claim:
-    colour, other, n, least = _colour(rng), _colour(rng), rng.randint(1, 4), rng.choice(("exactly ", "at least ", ""))
-    end = rng.choice(tuple(ENDS))
-    above = rng.random() < 0.5
-    pairs = (colour, other) if above else (other, colour)
-    block = rng.choice(("block", "block", "item"))
-    high: tuple[str, Callable[[list[str]], bool]] = (
-        f" with {least}{_number(n, rng)} {_plural(block, n)}",
-        lambda c: len(c) >= n if least == "at least " else len(c) == n,
-    )
-    ended: tuple[str, Callable[[list[str]], bool]] = (
-        f" with a {colour} {block} at the {end}",
-        lambda c: c[ENDS[end]] == colour,
-    )
-    tail, fits = rng.choice(
-        (
-            high,
-            ended,
-            ended,
-            (high[0] + f" and a {colour} {block} at the {end}", lambda c: high[1](c) and ended[1](c)),
-            (f" that has a {colour} {end}", ended[1]),
-            (
-                f" with a {colour} {block} {rng.choice(('over', 'above') if above else ('below', 'under'))} a {other} {block}",
-                lambda c: pairs in zip(c[1:], c, strict=False),
-            ),
-            (
-                f" with {least}{_number(n, rng)} {colour} {_plural(block, n)}",
-                lambda c: _enough(c.count(colour), n, least),
-            ),
-            (f" which has only {colour} {_plural(block, 2)}", lambda c: set(c) == {colour}),
-        )
-    )
-    count = sum(fits([t.colour for t in box]) for box in boxes if box)
-    return _counted(count, rng.choice(("tower", "tower", "tower", "box")), tail, rng)
-
-
-def _about_blocks(boxes: Contents, rng: random.Random) -> Claim:
-    colour, end = _colour(rng), rng.choice(tuple(ENDS))
-    if rng.random() < 0.5:
-        count = sum(box[ENDS[end]].colour == colour for box in boxes if box)
-        return _counted(count, f"{colour} block", f" {rng.choice(('as', 'at'))} the {end} of a tower", rng)
-    count = sum(t.colour == colour for box in boxes for t in box)
-    return _counted(count, f"{colour} {rng.choice(('block', 'square', 'item'))}", "", rng)
-
-
-def _about_things(boxes: Contents, rng: random.Random) -> Claim:
-    noun, fits = _kind(rng)
-    edge = rng.choice((None, None, True, True, False))
-    place = rng.choice(("edge", "wall", "side"))
-    tail = {None: "", True: f" touching the {place}", False: f" not touching the {place}"}[edge]
-    return _counted(sum(fits(t) and edge in (None, touches(t)) for box in boxes for t in box), noun, tail, rng)
-
-
-def _about_boxes(boxes: Contents, rng: random.Random) -> Claim:
-    (noun, fits), (second, fits_too), n = _kind(rng), _kind(rng), rng.randint(1, 7)
-    least = rng.choice(("exactly ", "at least ", ""))
-    few = rng.randint(1, 3)
-    tail, holds = rng.choice(
-        (
-            (f" with {least}{_number(n, rng)} {_plural('item', n)}", lambda box: _enough(len(box), n, least)),
-            (
-                f" with {least}{_number(few, rng)} {_plural(noun, few)}",
-                lambda box: _enough(sum(map(fits, box)), few, least),
-            ),
-            (f" with a {noun} and a {second}", lambda box: any(map(fits, box)) and any(map(fits_too, box))),
-            (f" with only {_plural(noun, 2)}", lambda box: all(map(fits, box))),
-        )
-    )
-    count = sum(holds(box) for box in boxes if box)
-    if rng.random() < 0.2:
-        return f"each {rng.choice(('box', 'grey box'))} is a box{tail}", count == len(boxes)
-    return _counted(count, rng.choice(("box", "box", "grey box")), tail, rng)
-
-
-def _kind(rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
-    """The name of a kind of thing, and which things are of it."""
-    colour = rng.choice((*COLOURS.values(), ""))
-    shape = rng.choice(
-        ("circle", "square", "triangle", "item", "object") if colour else ("circle", "square", "triangle")
-    )
-    any_shape = shape in ("item", "object")
-    return f"{colour} {shape}".strip(), lambda t: (not colour or t.colour == colour) and (any_shape or t.shape == shape)
-
-
-def _counted(count: int, noun: str, tail: str, rng: random.Random) -> Claim:
-    """How many of them a sentence says there are, and whether that is so."""
-    how = rng.choice(("a", "a", "a", "exactly ", "at least ", ""))
-    if how == "a":
-        return f"there is a {noun}{tail}", count >= 1
-    n = rng.choice((1, 1, 2, 2, 3))
-    verb = "is" if n == 1 else "are"
-    return f"there {verb} {how}{_number(n, rng)} {_plural(noun, n)}{tail}", _enough(count, n, how)
-
-
-def _enough(count: int, n: int, how: str) -> bool:
-    return count >= n if how == "at least " else count == n
-
-
-def _colour(rng: random.Random) -> str:
-    return rng.choice(tuple(COLOURS.values()))
-
-
-def _number(n: int, rng: random.Random) -> str:
-    return rng.choice((WORDS[n], str(n)))
-
-
-def _plural(noun: str, n: int) -> str:
-    return noun if n == 1 else f"{noun}es" if noun.endswith("x") else f"{noun}s"
 
 
 def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, seed: int = 0) -> list[Path]:
@@ -397,8 +225,8 @@ def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, se
     }
     for task, splits in tables.items():
         for split, rows in splits.items():
-            part = "pretrain" if split == "pretrain" else "target"
-            path = output / part / f"{task}_data" / f"{task}_{'train' if split == 'pretrain' else split}.tsv"
+            part = split if split.startswith("pretrain") else "target"
+            path = output / part / f"{task}_data" / f"{task}_{split if part == 'target' else 'train'}.tsv"
             written.append(_write(path, rows))
         answers = {a.split("|!+")[1] for rows in splits.values() for *_, a, _, _ in rows} if task == "vqa" else set()
         for part in ("pretrain", "target") if answers else ():
@@ -408,11 +236,10 @@ def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, se
     return written
 
 
-def _entailment(record: Mapping[str, Any], sentence: str, truth: bool, pixels: NDArray[np.uint8]) -> Row:
+def _entailment(number: str, record: Mapping[str, Any], sentence: str, truth: bool, picture: str) -> Row:
     """Everything but the first column."""
     label = "entailment" if truth else "contradiction"
-    picture = _encoded(Image.fromarray(pixels[record["i"]]))
-    return str(record["i"]), picture, " ".join(sentence.split()), premise(record), label
+    return number, picture, " ".join(sentence.split()), premise(record), label
 
 
 def _normal(sentence: str) -> str:

@@ -109,8 +109,10 @@ def test_as_many_true_as_false_of_every_sentence(built: Path) -> None:
 def test_no_sentence_is_in_two_files(built: Path) -> None:
     seen: dict[str, Path] = {}
     for path in built.glob("*/snli_ve_data/*.tsv"):
+        kind = path.parents[1].name if path.parents[1].name == "target" else "pretrain"
         for sentence in {normal(row[3]) for row in rows_of(path)}:
-            assert seen.setdefault(sentence, path) == path, sentence
+            where = path if kind == "target" else built / kind  # the two that pretrain may say the same
+            assert seen.setdefault(sentence, where) == where, sentence
 
 
 def test_no_two_files_have_the_same_things_in_three_boxes(built: Path) -> None:

@@ -1,0 +1,292 @@
+"""Statements about NLVR's drawings, each with drawings that it is true and false of, and drawings in the manner of NLVR's.
+
+NLVR (Suhr et al., ACL 2017) shows three grey boxes: with a tower of squares each, or with scattered things. A tiny model that
+has never seen anything needs more of them, and simpler ones, than the data set has; what is made here shares no drawing and
+no sentence with what people wrote.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
+
+from build_grounding_data import BOX_STEP, COLOURS, SCALE, SIDES, SIZES, Thing, things
+from PIL import Image, ImageDraw
+
+BOX_SIDE = 100  # units
+BLOCK = 20  # units; blocks of a tower stand one unit apart
+ENDS = {"top": -1, "base": 0}
+TRIES = 8  # drawings among which a statement is true of one and false of another
+WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+SHAPES = ("circle", "square", "triangle")
+PAPER, BETWEEN = (211, 211, 211), (128, 128, 128)
+INKS = {"Yellow": (255, 255, 0), "#0099ff": (0, 153, 255), "Black": (0, 0, 0)}
+
+Contents = Sequence[Sequence[Thing]]
+"""The things in each of NLVR's three boxes, the lowest first."""
+Claim = tuple[str, bool]
+"""A sentence about a drawing, and whether it is true of it."""
+Maker = Callable[[Contents, random.Random], Claim]
+
+
+def invented(count: int, rng: random.Random, *, sparse: bool = False) -> list[dict[str, Any]]:
+    """Records of drawings in the manner of NLVR's, half of them towers.
+
+    Args:
+        sparse: of one or two colours and shapes each, so that a drawing often lacks a kind of thing altogether.
+    """
+    found = []
+    for _ in range(count):
+        inks = rng.sample(list(INKS), rng.choice((1, 2, 2))) if sparse else list(INKS)
+        shapes = rng.sample(SHAPES, rng.choice((1, 2, 2))) if sparse else list(SHAPES)
+        most = rng.choice((2, 4, 7)) if sparse else 7
+        towers = rng.random() < 0.5
+        boxes = [_tower(inks, rng) if towers else _scattered(inks, shapes, rng.randint(1, most), rng) for _ in SIDES]
+        found.append({"rep": boxes, "perm": 0})
+    return found
+
+
+def drawing(record: Mapping[str, Any]) -> Image.Image:
+    """The picture of an invented record, of the size of NLVR's as stored."""
+    image = Image.new("RGB", (2 * BOX_STEP + BOX_SIDE, BOX_SIDE), BETWEEN)
+    pen = ImageDraw.Draw(image)
+    for place, box in enumerate(record["rep"]):
+        left = place * BOX_STEP
+        pen.rectangle((left, 0, left + BOX_SIDE - 1, BOX_SIDE - 1), fill=PAPER)
+        for thing in box:
+            x, y, size, ink = left + thing["x_loc"], thing["y_loc"], thing["size"] - 1, INKS[thing["color"]]
+            if thing["type"] == "triangle":
+                pen.polygon([(x, y + size), (x + size, y + size), (x + size / 2, y)], fill=ink)
+            else:
+                (pen.rectangle if thing["type"] == "square" else pen.ellipse)((x, y, x + size, y + size), fill=ink)
+    return image.resize((round(image.width * SCALE), round(image.height * SCALE)), Image.Resampling.BOX)
+
+
+def _tower(inks: Sequence[str], rng: random.Random) -> list[dict[str, Any]]:
+    return [
+        {"type": "square", "size": BLOCK, "x_loc": 40, "y_loc": 80 - (BLOCK + 1) * n, "color": rng.choice(inks)}
+        for n in range(rng.randint(1, 4))
+    ]
+
+
+def _scattered(inks: Sequence[str], shapes: Sequence[str], count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Up to so many things that do not overlap; about a third of them touch an edge."""
+    found: list[dict[str, Any]] = []
+    for _ in range(60):
+        if len(found) == count:
+            break
+        size = rng.choice(tuple(SIZES))
+        x, y = (rng.randint(1, BOX_SIDE - 1 - size) for _ in range(2))
+        if rng.random() < 0.35:
+            x, y = rng.choice(((rng.choice((0, BOX_SIDE - size)), y), (x, rng.choice((0, BOX_SIDE - size)))))
+        apart = (
+            x + size < o["x_loc"] or o["x_loc"] + o["size"] < x or y + size < o["y_loc"] or o["y_loc"] + o["size"] < y
+            for o in found
+        )
+        if all(apart):
+            found.append({"type": rng.choice(shapes), "size": size, "x_loc": x, "y_loc": y, "color": rng.choice(inks)})
+    return found
+
+
+def contents(record: Mapping[str, Any]) -> Contents:
+    """What is in the left, middle and right box of a record."""
+    shown = sorted(things(record["rep"], record["perm"]), key=lambda t: -t.box[3])
+    return [[t for t in shown if t.side == side] for side in SIDES]
+
+
+def are_towers(boxes: Contents) -> bool:
+    """Whether each box holds squares of one size that stand on each other."""
+    return all(
+        all(t.shape == "square" and t.size == "medium" and t.box[0] == box[0].box[0] for t in box) for box in boxes
+    )
+
+
+def touches(thing: Thing) -> bool:
+    """Whether a thing touches the edge of its box."""
+    x0, y0, x1, y1 = (c / SCALE for c in thing.box)
+    left = SIDES.index(thing.side) * BOX_STEP
+    return x0 <= left or x1 >= left + BOX_SIDE or y0 <= 0 or y1 >= BOX_SIDE
+
+
+def premise(record: Mapping[str, Any]) -> str:
+    """What is in each box, in words; a tower from its base to its top."""
+    boxes, parts = contents(record), []
+    for side, box in zip(SIDES, boxes, strict=True):
+        if are_towers(boxes):
+            inside = "tower " + " ".join(t.colour for t in box)
+        else:
+            counts = Counter((t.colour, t.shape, " touching" * touches(t)) for t in box)
+            inside = " and ".join(f"{WORDS[n]} {c} {s}{edge}" for (c, s, edge), n in sorted(counts.items()))
+        parts.append(f"{side} box {inside}")
+    return " . ".join(parts)
+
+
+def statements_about(
+    records: Sequence[Mapping[str, Any]],
+    count: int,
+    taken: Container[str],
+    rng: random.Random,
+) -> list[tuple[Mapping[str, Any], str, bool]]:
+    """Sentences that are not ``taken``, each with a drawing that it is true of and one that it is not, as NLVR has them.
+
+    Sentences that are true or false of nearly all drawings are left out, so that words alone give nothing away.
+
+    Raises:
+        ValueError: if there are too few drawings.
+    """
+    towers = [are_towers(contents(r)) for r in records]
+    kinds = [
+        [(r, contents(r)) for r, t in zip(records, towers, strict=True) if t == wanted] for wanted in (True, False)
+    ]
+    if min(map(len, kinds)) < TRIES:
+        raise ValueError(f"{len(records)} drawings are left for statements, and those are too few: ask for fewer rows")
+    found: list[tuple[Mapping[str, Any], str, bool]] = []
+    while len(found) < count:
+        is_tower = rng.random() < len(kinds[0]) / len(records)
+        makers: Sequence[Maker] = (_about_towers, _about_blocks) if is_tower else (_about_things, _about_boxes)
+        make = rng.choice(makers)
+        number, text, by_truth = rng.getrandbits(32), "", dict[bool, Mapping[str, Any]]()
+        for record, boxes in rng.sample(kinds[0 if is_tower else 1], TRIES):
+            text, truth = make(boxes, random.Random(number))  # the same words for all of them
+            by_truth.setdefault(truth, record)
+        if len(by_truth) == 2 and text not in taken:
+            found += [(record, text, truth) for truth, record in sorted(by_truth.items(), key=lambda item: item[0])]
+    return found[:count]
+
+
+def simple_statements(
+    records: Sequence[Mapping[str, Any]], count: int, taken: Container[str], rng: random.Random
+) -> list[tuple[Mapping[str, Any], str, bool]]:
+    """Sentences that are not ``taken``, which say that there is a thing of some kind; half of them are true.
+
+    Unlike :func:`statements_about`, words alone give something away, since some kinds are rarer than others. That helps a model
+    that cannot see yet to begin.
+    """
+    known = [(record, contents(record)) for record in records]
+    found: list[tuple[Mapping[str, Any], str, bool]] = []
+    while len(found) < count:
+        record, boxes = rng.choice(known)
+        text, truth = _there_is(boxes, rng)
+        if truth == (len(found) % 2 == 0) and text not in taken:
+            found.append((record, text, truth))
+    return found
+
+
+def _there_is(boxes: Contents, rng: random.Random) -> Claim:
+    noun, fits = _kind(rng)
+    if are_towers(boxes):
+        colour = _colour(rng)
+        noun, fits = f"{colour} {rng.choice(('block', 'item', 'square'))}", lambda t: t.colour == colour
+    return f"there is {rng.choice(('a', 'at least one'))} {noun}", any(fits(t) for box in boxes for t in box)
+
+
+def _about_towers(boxes: Contents, rng: random.Random) -> Claim:
+    colour, other, n, least = _colour(rng), _colour(rng), rng.randint(1, 4), rng.choice(("exactly ", "at least ", ""))
+    end = rng.choice(tuple(ENDS))
+    above = rng.random() < 0.5
+    pairs = (colour, other) if above else (other, colour)
+    block = rng.choice(("block", "block", "item"))
+    high: tuple[str, Callable[[list[str]], bool]] = (
+        f" with {least}{_number(n, rng)} {_plural(block, n)}",
+        lambda c: len(c) >= n if least == "at least " else len(c) == n,
+    )
+    ended: tuple[str, Callable[[list[str]], bool]] = (
+        f" with a {colour} {block} at the {end}",
+        lambda c: c[ENDS[end]] == colour,
+    )
+    tail, fits = rng.choice(
+        (
+            high,
+            ended,
+            ended,
+            (high[0] + f" and a {colour} {block} at the {end}", lambda c: high[1](c) and ended[1](c)),
+            (f" that has a {colour} {end}", ended[1]),
+            (
+                f" with a {colour} {block} {rng.choice(('over', 'above') if above else ('below', 'under'))} a {other} {block}",
+                lambda c: pairs in zip(c[1:], c, strict=False),
+            ),
+            (
+                f" with {least}{_number(n, rng)} {colour} {_plural(block, n)}",
+                lambda c: _enough(c.count(colour), n, least),
+            ),
+            (f" which has only {colour} {_plural(block, 2)}", lambda c: set(c) == {colour}),
+        )
+    )
+    count = sum(fits([t.colour for t in box]) for box in boxes if box)
+    return _counted(count, rng.choice(("tower", "tower", "tower", "box")), tail, rng)
+
+
+def _about_blocks(boxes: Contents, rng: random.Random) -> Claim:
+    colour, end = _colour(rng), rng.choice(tuple(ENDS))
+    if rng.random() < 0.5:
+        count = sum(box[ENDS[end]].colour == colour for box in boxes if box)
+        return _counted(count, f"{colour} block", f" {rng.choice(('as', 'at'))} the {end} of a tower", rng)
+    count = sum(t.colour == colour for box in boxes for t in box)
+    return _counted(count, f"{colour} {rng.choice(('block', 'square', 'item'))}", "", rng)
+
+
+def _about_things(boxes: Contents, rng: random.Random) -> Claim:
+    noun, fits = _kind(rng)
+    edge = rng.choice((None, None, True, True, False))
+    place = rng.choice(("edge", "wall", "side"))
+    tail = {None: "", True: f" touching the {place}", False: f" not touching the {place}"}[edge]
+    return _counted(sum(fits(t) and edge in (None, touches(t)) for box in boxes for t in box), noun, tail, rng)
+
+
+def _about_boxes(boxes: Contents, rng: random.Random) -> Claim:
+    (noun, fits), (second, fits_too), n = _kind(rng), _kind(rng), rng.randint(1, 7)
+    least = rng.choice(("exactly ", "at least ", ""))
+    few = rng.randint(1, 3)
+    tail, holds = rng.choice(
+        (
+            (f" with {least}{_number(n, rng)} {_plural('item', n)}", lambda box: _enough(len(box), n, least)),
+            (
+                f" with {least}{_number(few, rng)} {_plural(noun, few)}",
+                lambda box: _enough(sum(map(fits, box)), few, least),
+            ),
+            (f" with a {noun} and a {second}", lambda box: any(map(fits, box)) and any(map(fits_too, box))),
+            (f" with only {_plural(noun, 2)}", lambda box: all(map(fits, box))),
+        )
+    )
+    count = sum(holds(box) for box in boxes if box)
+    if rng.random() < 0.2:
+        return f"each {rng.choice(('box', 'grey box'))} is a box{tail}", count == len(boxes)
+    return _counted(count, rng.choice(("box", "box", "grey box")), tail, rng)
+
+
+def _kind(rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
+    """The name of a kind of thing, and which things are of it."""
+    colour = rng.choice((*COLOURS.values(), ""))
+    shape = rng.choice(
+        ("circle", "square", "triangle", "item", "object") if colour else ("circle", "square", "triangle")
+    )
+    any_shape = shape in ("item", "object")
+    return f"{colour} {shape}".strip(), lambda t: (not colour or t.colour == colour) and (any_shape or t.shape == shape)
+
+
+def _counted(count: int, noun: str, tail: str, rng: random.Random) -> Claim:
+    """How many of them a sentence says there are, and whether that is so."""
+    how = rng.choice(("a", "a", "a", "exactly ", "at least ", ""))
+    if how == "a":
+        return f"there is a {noun}{tail}", count >= 1
+    n = rng.choice((1, 1, 2, 2, 3))
+    verb = "is" if n == 1 else "are"
+    return f"there {verb} {how}{_number(n, rng)} {_plural(noun, n)}{tail}", _enough(count, n, how)
+
+
+def _enough(count: int, n: int, how: str) -> bool:
+    return count >= n if how == "at least " else count == n
+
+
+def _colour(rng: random.Random) -> str:
+    return rng.choice(tuple(COLOURS.values()))
+
+
+def _number(n: int, rng: random.Random) -> str:
+    return rng.choice((WORDS[n], str(n)))
+
+
+def _plural(noun: str, n: int) -> str:
+    return noun if n == 1 else f"{noun}es" if noun.endswith("x") else f"{noun}s"
