@@ -31,8 +31,9 @@ from transformers import (
 import pituning as pt
 from pituning.backbones import causal, load_backbone
 from pituning.backbones.causal import CausalBackbone
-from pituning.errors import PituningError, RefusedError
+from pituning.errors import BackboneMismatchError, PituningError, RefusedError
 from pituning.example import Example
+from pituning.experts import Expert, ExpertCard
 from pituning.methods import attached, make_config
 from pituning.similarity.fisher import fisher_diagonal
 from pituning.tasks import Task
@@ -629,3 +630,13 @@ def test_the_whole_way(backbones, tmp_path, kind, modules):
         expected = backbone.model(input_ids=ids).logits
     by_peft = PeftModel.from_pretrained(copy.deepcopy(backbone.model), tmp_path / "expert").eval()
     torch.testing.assert_close(by_peft(input_ids=ids).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_expert_is_right_under_the_prompts_that_it_was_trained_on():
+    turns, plain = build("llama", template=TEMPLATE), build("llama", template=TEMPLATE, chat=False)
+    assert turns.fingerprint == plain.fingerprint
+    expert = Expert({}, {}, ExpertCard("one", fingerprint=turns.fingerprint, training=turns.record))
+    expert.require_backbone(turns)
+    with pytest.raises(BackboneMismatchError, match=r"'one' was trained on prompts made with chat=True, separator=''"):
+        expert.require_backbone(plain)
+    expert.with_card(training={"family": "causal"}).require_backbone(plain)  # an older card does not say

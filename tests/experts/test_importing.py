@@ -37,7 +37,9 @@ def peft_folder(model: torch.nn.Module, config: PeftConfig, folder: Path, seed: 
         for parameter in peft_model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    peft_model.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*have invalid shape.*")  # PEFT takes lora_bias for a broken factor
+        peft_model.save_pretrained(folder)
     peft_model.unload()
     return folder
 

@@ -61,6 +61,17 @@ class Backbone(ABC):
         return self.hub_names.get(self.name, Path(self.name).name if Path(self.name).is_dir() else self.name)
 
     @property
+    def prompting(self) -> dict[str, Any]:
+        """Settings besides model and tokenizer that shape what the model reads: an expert is right under these only."""
+        return {}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What an expert's card says of the backbone besides its name and fingerprint."""
+        prompting = {"prompting": self.prompting} if self.prompting else {}
+        return {"family": self.family, "architecture": self.model.config.model_type, **prompting}
+
+    @property
     def device(self) -> torch.device:
         """Device of the model's parameters."""
         device: torch.device = next(self.model.parameters()).device

@@ -101,6 +101,11 @@ class CausalBackbone(Backbone):
                 "prompt and answer together"
             )
 
+    @property
+    def prompting(self) -> dict[str, Any]:
+        """See :attr:`Backbone.prompting`."""
+        return {"chat": self.chat, "separator": self.separator}
+
     def __repr__(self) -> str:
         turns = "; prompts are chat turns, chat=False makes them plain text" if self.chat else ""
         return super().__repr__().removesuffix(")") + turns + ")"

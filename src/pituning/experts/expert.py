@@ -101,6 +101,14 @@ class Expert:
                 f"(fingerprint {self.card.fingerprint}), but this is {backbone.name!r} ({backbone.fingerprint}); "
                 "load the backbone it was trained on"
             )
+        prompting = self.card.training.get("prompting", backbone.prompting)
+        if prompting != backbone.prompting:
+            wanted = ", ".join(f"{k}={v!r}" for k, v in prompting.items())
+            found = ", ".join(f"{k}={v!r}" for k, v in backbone.prompting.items())
+            raise BackboneMismatchError(
+                f"expert {self.name!r} was trained on prompts made with {wanted}, and this backbone makes them with {found}; "
+                f"load_backbone(…, {wanted})"
+            )
 
     def verify(self, backbone: Backbone | None = None) -> None:
         """Prove that the tensors are finite and, given a backbone, that every one of them fits it.

@@ -104,7 +104,7 @@ def import_expert(
         task=task,
         method=str(config["peft_type"]).lower(),
         parameters=sum(t.numel() for t in found.values()),
-        training={"family": backbone.family, "architecture": backbone.model.config.model_type, "imported": record},
+        training={**backbone.record, "imported": record},
     )
     expert = Expert(found, {**config, "base_model_name_or_path": None}, card)
     expert.verify(backbone)

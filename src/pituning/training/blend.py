@@ -171,8 +171,7 @@ def blended_card(
         metrics={},
         lineage=tuple({"name": e.name, "weight": w} for e, w in zip(members, weights, strict=True)),
         training={
-            "family": backbone.family,
-            "architecture": backbone.model.config.model_type,
+            **backbone.record,
             "examples": len(task.split("train")),
             **settings_dict(settings),
         },

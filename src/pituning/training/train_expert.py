@@ -66,8 +66,7 @@ def train_expert(
         config = config_dict(make_config(method, backbone, **options))
     initial = initial_tensors(backbone, config)
     examples = task.split("train")
-    record: dict[str, Any] = {"family": backbone.family, "examples": len(examples)}
-    record["architecture"] = backbone.model.config.model_type
+    record: dict[str, Any] = {**backbone.record, "examples": len(examples)}
     if not is_folded(config):
         record["projection"] = {"projection": True, "projection_dim": config["projection_dim"]}
     metrics: dict[str, float] = {}
