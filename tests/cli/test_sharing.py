@@ -1,4 +1,4 @@
-"""`import`, `export`, `verify`, `push`, `pull`, and the options of `interpolate` that say how weights are made."""
+"""`import`, `export`, `verify`, `push`, `pull`, and the options of `train` and `interpolate` that reach the engine."""
 
 from __future__ import annotations
 
@@ -103,3 +103,28 @@ def test_how_weights_are_made(
         assert record["coefficients"] == kind
         assert set(found["weights"]) == {"word_tone", "pocket_gear"}
     assert all(len(row) == len(expert.card.lineage) for row in record["weights"].values())
+
+
+def test_settings_of_a_method(pool: ExpertPool, bert: Path, data: Path, tmp_path: Path) -> None:
+    where = ["movie_quotes", "--data", data, "--pool", pool.folder, "--backbone", bert, "--steps", "1"]
+    found = run_json("train", *where, "--set", "r=3", "--set", "use_rslora=true", "--set", 'target_modules=["key"]')
+    config = Expert.load(found["folder"]).config
+    assert (config["r"], config["use_rslora"], config["target_modules"]) == (3, True, ["key"])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"peft_type": "LOHA", "r": 2, "target_modules": ["query"]}))
+    found = run_json("train", *where, "--peft-config", file, "--save", "product")
+    expert = Expert.load(found["folder"])
+    assert (expert.card.method, expert.config["r"]) == ("loha", 2)
+    assert "has no setting q" in error("train", *where, "--set", "q=1")
+    file.write_text(json.dumps({"peft_type": "LORA", "later": 0.5}))
+    assert "no setting later=0.5" in error("train", *where, "--peft-config", file)
+    assert "NAME=VALUE" in run("train", *where, "--set", "r", code=2).output
+    assert "leave out" in run("train", *where, "--peft-config", file, "--set", "r=1", code=2).output
+
+
+def test_backbones_in_another_dtype(pool: ExpertPool, bert: Path, data: Path) -> None:
+    where = ["movie_quotes", "--data", data, "--pool", pool.folder, "--backbone", bert, "--limit", "4"]
+    plain, half = (run_json("eval", *where, "--dtype", d)["metrics"]["log-loss"] for d in ("float32", "bfloat16"))
+    assert plain != half
+    assert half == pytest.approx(plain, rel=0.1)
+    assert "--no-chat is for decoder-only models" in error("eval", *where, "--no-chat")

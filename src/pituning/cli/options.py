@@ -29,6 +29,7 @@ TaskKind = Literal[
     "classification", "grounding", "vqa", "visual-entailment", "captioning", "image-classification", "summarisation",
     "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2",
 ]  # fmt: skip
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 PromptTypeName = Literal["none", "src", "prev_output"]
 
 _DATA, _OWN_DATA, _MODEL, _SAVING = "Data", "Your own data", "Model", "Saving"
@@ -209,6 +210,13 @@ class ModelOptions:
         typer.Option(metavar="NAME", help="minilm, a local folder, or a Hugging Face id.", rich_help_panel=_MODEL),
     ] = "minilm"
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 …", rich_help_panel=_MODEL)] = "cpu"
+    dtype: Annotated[Dtype, typer.Option(help="Of the backbone's weights.", rich_help_panel=_MODEL)] = "float32"
+    no_chat: Annotated[
+        bool,
+        typer.Option(
+            "--no-chat", help="Decoder-only models: plain prompts, not the chat template's.", rich_help_panel=_MODEL
+        ),
+    ] = False
 
     def load(self) -> Backbone:
         """Load the backbone."""
@@ -221,7 +229,13 @@ class ModelOptions:
         except (RuntimeError, AssertionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise PituningError(f"device {self.device!r} cannot be used here: {reason}") from error
-        return load_backbone(self.backbone, device=self.device)
+        options: dict[str, Any] = {"chat": False} if self.no_chat else {}
+        try:
+            return load_backbone(self.backbone, device=self.device, dtype=getattr(torch, self.dtype), **options)
+        except TypeError as error:
+            if self.no_chat:
+                raise PituningError(f"--no-chat is for decoder-only models, and {self.backbone!r} is none") from error
+            raise
 
 
 @dataclass(frozen=True)

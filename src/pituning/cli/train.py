@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pituning.tasks import Task
     from pituning.training.trainer import TrainSettings
 
-_TRAINING = "Training"
+_METHOD, _TRAINING = "Method", "Training"
 
 
 @verb
@@ -30,6 +31,23 @@ def train(
     saving: SaveOptions,
     output: Output,
     method: Method = "lora",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting of the method, such as r=16, length=50 or use_rslora=true; give it once for each.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    peft_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Any PEFT configuration (an adapter_config.json), instead of --method.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -85,15 +103,25 @@ def train(
         raise typer.BadParameter("give either --steps or --epochs, not both")
     if resume and log_dir is None:
         raise typer.BadParameter("--resume needs --log-dir, the folder with the checkpoints")
+    if peft_config is not None and (method != "lora" or set_):
+        raise typer.BadParameter("--peft-config is complete: leave out --method and --set")
+    options = _method_settings(set_ or [])
     target = source.load(task)
     default = task if target.shots is None else f"{task}-{target.shots}shot-seed{target.seed}"
     with output.status(f"loading {model.backbone}"):
+        from pituning.experts.expert import read_config
+        from pituning.experts.importing import known_settings
         from pituning.methods import make_config
+        from pituning.methods import peft_config as known_config
+        from pituning.methods.presets import method_of
         from pituning.training.train_expert import train_expert
 
         backbone = model.load()
-        make_config(method, backbone)
-        folder = saving.destination(pool, default, task=task, method=method, blended=False)
+        if peft_config is None:
+            config = make_config(method, backbone, **options)
+        else:
+            config = known_config(known_settings(read_config(peft_config), peft_config))
+        folder = saving.destination(pool, default, task=task, method=method_of(config), blended=False)
     changes = {
         "learning_rate": learning_rate,
         "batch_size": batch_size,
@@ -106,7 +134,7 @@ def train(
     searching = settings is None and target.shots is not None
     with output.status("finding learning rate and steps by cross-fitting") if searching else nullcontext():
         expert = train_expert(
-            backbone, target, method, settings=settings, seed=source.seed, folder=log_dir, resume=resume,
+            backbone, target, config, settings=settings, seed=source.seed, folder=log_dir, resume=resume,
             progress=not (searching or output.quiet),
         )  # fmt: skip
     saving.write(expert, folder)
@@ -126,6 +154,20 @@ def train(
         ),
         f"saved to {folder}",
     )
+
+
+def _method_settings(given: Sequence[str]) -> dict[str, Any]:
+    """``["r=16", "use_rslora=true"]`` to values; what is not JSON is a word."""
+    settings: dict[str, Any] = {}
+    for entry in given:
+        name, equals, value = entry.partition("=")
+        if not (name and equals and value):
+            raise typer.BadParameter(f"--set expects NAME=VALUE, not {entry!r}")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
 
 
 def _settings(task: Task, steps: int | None, epochs: float | None, changes: Mapping[str, Any]) -> TrainSettings | None:
