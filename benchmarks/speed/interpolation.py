@@ -1,10 +1,14 @@
 """Step time of an interpolation of K experts against plain training of one PEFT expert on the same backbone.
 
-Run: python benchmarks/speed/interpolation.py [--repeats 40] [--experts 8] [--batch 16] [--tokens 32] [--threads 2]
+Run: python benchmarks/speed/interpolation.py [--repeats 40] [--experts 16] [--batch 16] [--tokens 32] [--threads 2]
 
 Interleaved A/B: in every repeat each case runs once, in a shuffled order, on the same batch; the table shows the median of
 the ratios to the baseline of the same repeat and its 95 % bootstrap interval. The backbone has MiniLM-L6's shape with
 random weights (6 layers, hidden 384, 12 heads, FFN 1536); LoRA r = 8 on query and value, bottleneck r = 64.
+
+Memory is what is held after a step: all distinct storages of parameters, buffers, gradients and optimizer state that belong
+to the mixture, in units of one expert's tensors. K frozen experts and one trainable with its gradient and AdamW's two moments
+are K + 4.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,7 +32,7 @@ from pituning.backbones.encoder import EncoderBackbone
 from pituning.experts import Expert, ExpertCard
 from pituning.interpolation import build_mixture
 from pituning.methods import attached, config_dict, initial_tensors, make_config
-from pituning.training.module import MixtureModel
+from pituning.training.module import MixtureModel, running
 
 Step = Callable[[bool], float]
 
@@ -36,7 +40,7 @@ Step = Callable[[bool], float]
 def main() -> None:
     """Measure all cases and print a table on standard error and JSON on standard output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("repeats", 40), ("experts", 8), ("batch", 16), ("tokens", 32), ("threads", 2)):
+    for name, default in (("repeats", 40), ("experts", 16), ("batch", 16), ("tokens", 32), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -71,7 +75,10 @@ def measure(method: str, repeats: int, experts: int, batch: int, tokens: int, th
                 for part, seconds in elapsed.items():
                     times[name].setdefault(part, []).append(seconds)
     report: dict[str, Any] = {"baseline_seconds": {p: statistics.median(v) for p, v in times["baseline"].items()}}
-    for name in modes:
+    for name, train in modes.items():
+        held = _held(backbone, initial, pool, train, inputs) / _bytes(initial.values())
+        report[f"{name} memory, experts"] = held
+        print(f"{method:<11}{name:<14}{'memory':<18}{held:5.2f} experts", file=sys.stderr)
         report[name] = {part: _ratio(times[name][part], times["baseline"][part]) for part in times[name]}
         for part, (median, low, high) in report[name].items():
             print(f"{method:<11}{name:<14}{part:<18}{median:5.2f}x  [{low:.2f}, {high:.2f}]", file=sys.stderr)
@@ -115,6 +122,26 @@ def _time(
             optimizer.zero_grad()
             elapsed["whole step"] = time.perf_counter() - start
         return elapsed
+
+
+def _held(
+    backbone: EncoderBackbone, initial: Mapping[str, Tensor], pool: list[Expert], train: str, inputs: Mapping[str, Any]
+) -> int:
+    """Bytes that belong to a mixture after one step."""
+    mixture, config = build_mixture(pool, train=train, initial=dict(initial))
+    with running(backbone, mixture, config) as model:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        model(**inputs).mean().backward()
+        optimizer.step()
+        state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return _bytes([*mixture.parameters(), *mixture.buffers(), *gradients, *state])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def _random_expert(initial: Mapping[str, Tensor], settings: Mapping[str, Any], seed: int) -> Expert:

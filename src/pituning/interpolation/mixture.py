@@ -222,6 +222,9 @@ class ProductMixture(Mixture):
             if delta is not None:
                 self.delta_a.append(self._hold(delta[name].a, True))
                 self.delta_b.append(self._hold(delta[name].b * delta[name].scaling, True))
+                for parameter in (self.delta_a[-1], self.delta_b[-1]):
+                    # or its gradient would keep all of the stacked factors' alive, of which it is a part
+                    parameter.register_hook(torch.clone)
 
     def factors(self) -> dict[str, LowRank]:
         """A ``[R, in]`` and B ``[out, R]`` of each module, with weights and scalings folded into B: ΔW = B A, scaling 1."""

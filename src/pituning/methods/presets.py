@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft import IA3Config, LoraConfig, PeftConfig
-from transformers.pytorch_utils import Conv1D
 
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError, unknown_name
@@ -76,8 +75,6 @@ def make_config(method: str, backbone: Backbone, **overrides: Any) -> PeftConfig
         raise PituningError(
             f"method {method!r} finds no module to adapt in backbone {backbone.name!r}; give target_modules=[...]"
         )
-    if "fan_in_fan_out" in config_type.__dataclass_fields__ and "fan_in_fan_out" not in settings:
-        settings["fan_in_fan_out"] = any(isinstance(m, Conv1D) for m in backbone.model.modules())
     if method == "ia3" and settings.get("feedforward_modules") is None:
         settings["feedforward_modules"] = _feedforward(settings["target_modules"])
     if "fan_in_fan_out" in config_type.__dataclass_fields__ and _stores_transposed(backbone):
