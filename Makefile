@@ -29,8 +29,8 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 demo: $(VENV)/.demo  ## the whole pipeline on real sentences: prints the result table, writes demo/report.html
 	$(BIN)/pituning run recipes/demo.yaml
 
-test: $(VENV)/.test  ## the whole suite, slow tests included
-	$(BIN)/python -m pytest
+test: $(VENV)/.test  ## the whole suite, slow tests included, in two processes
+	$(BIN)/python -m pytest -n 2
 
 prove: $(VENV)/.test  ## the invariants of every interpolation, over 10,000 random cases (half an hour)
 	PITUNING_CASES=10000 $(BIN)/python -m pytest tests/interpolation/test_invariants.py

@@ -16,6 +16,8 @@ from zlib import crc32
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 # Before anything imports torch: some virtual machines announce AMX and kill a process that multiplies bfloat16 with it.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: more threads would be in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
