@@ -48,6 +48,15 @@ class FisherEstimate:
         """F per tensor, float64."""
         return {k: (self.even[k] + self.odd[k]) / self.samples for k in self.even}
 
+    def __add__(self, other: FisherEstimate) -> FisherEstimate:
+        """The estimate over the examples of both."""
+        return FisherEstimate(
+            {k: t + other.even[k] for k, t in self.even.items()},
+            {k: t + other.odd[k] for k, t in self.odd.items()},
+            self.samples + other.samples,
+            self.loss + other.loss,
+        )
+
     def split_half(self) -> float:
         """Mean over tensors of the cosine between the two halves; 1 where every tensor has settled."""
         alive = [k for k in self.even if self.even[k].any() or self.odd[k].any()]
@@ -56,14 +65,23 @@ class FisherEstimate:
 
 
 def fisher_diagonal(
-    backbone: Backbone, expert: Expert, examples: Sequence[Example], *, labels: str = "true", batch_size: int = 32
+    backbone: Backbone,
+    expert: Expert,
+    examples: Sequence[Example],
+    *,
+    labels: str = "true",
+    batch_size: int = 32,
+    numbers: Sequence[int] | None = None,
 ) -> FisherEstimate:
     """Exact per-example Fisher diagonal of an expert's tensors.
+
+    Under gradient checkpointing it is the same; of a model in half precision the gradients are, and all sums are not.
 
     Args:
         labels: ``"true"`` uses the examples' targets (the paper's code); ``"model"`` takes the expectation under the
             model: exactly over closed choices, with one sampled answer (seeded by the example's id) otherwise.
         batch_size: for memory and time only; at most :data:`IMAGE_BATCH_SIZE` where an example has an image.
+        numbers: the examples' places in a larger sample, of which these are a part: odd ones go into the odd half.
 
     Returns:
         sums per tensor under PEFT's file key names, shapes as the tensors'.
@@ -94,11 +112,12 @@ def fisher_diagonal(
         pictured = next((e for e in examples if e.image is not None), examples[0])  # it passes through every layer
         if len(examples) > 1 and batch_size > 1 and not _rows_follow_examples(site, pictured, labels):
             batch_size = 1
+        places = torch.arange(len(examples)) if numbers is None else torch.tensor(list(numbers))
         for start in range(0, len(examples), batch_size):
             batch = list(examples[start : start + batch_size])
             if labels == "model" and not common_choices(batch):
                 batch = [_sampled(backbone, e) for e in batch]
-            parity = (torch.arange(len(batch), device=backbone.device) + start) % 2
+            parity = (places[start : start + batch_size] % 2).to(backbone.device)
             squares = Squares(parity)
             with watched(site, squares):
                 loss += _backward(backbone, batch, labels, squares)

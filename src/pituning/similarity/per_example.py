@@ -72,7 +72,7 @@ class Squares:
 
     def by_example(self, x: Tensor) -> Tensor:
         """``[rows, …, d]`` to ``[batch, …, d]``."""
-        return x.reshape(self.batch, -1, x.shape[-1])
+        return full_precision(x).reshape(self.batch, -1, x.shape[-1])
 
     def add(self, key: str, gradient: Tensor) -> None:
         """A layer called twice accumulates before squaring."""
@@ -87,6 +87,11 @@ class Squares:
                 weight = weights[mine].double().view(-1, *[1] * (gradient.dim() - 1))
                 square = gradient[mine].double().square_().mul_(weight).sum(0)  # the mask has made a copy
                 total[key] = total[key] + square if key in total else square
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half precision to float32, in which an example's positions and rows are summed; anything else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class RowCount:
@@ -210,7 +215,7 @@ def _watch_ia3(layer: Any, names: Names, observer: Observer) -> _Handles:
     unscaled: list[Tensor] = []
 
     def backward(x: Tensor, gradient: Tensor) -> None:
-        product = observer.by_example(gradient.detach() * x)
+        product = observer.by_example(full_precision(gradient.detach()) * full_precision(x))
         observer.add(names["ia3_l"], product.sum(1).view(-1, *shape))
 
     def hooked(x: Tensor, product: Tensor) -> None:
