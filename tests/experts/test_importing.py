@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Mapping
@@ -72,12 +73,12 @@ def lora(model: BertModel, tmp_path: Path) -> Path:
     return peft_folder(model, LoraConfig(r=2, target_modules=["query", "value"]), tmp_path / "someones")
 
 
-def peft_output(model: torch.nn.Module, folder: Path, ids: Tensor) -> Tensor:
+def peft_output(model: torch.nn.Module, folder: Path, ids: Tensor, **inputs: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         loaded = PeftModel.from_pretrained(model, folder)
     with torch.no_grad():
-        out: Tensor = loaded.eval()(input_ids=ids)[0]
+        out: Tensor = loaded.eval()(**{"input_ids": ids, **inputs})[0]
     loaded.unload()
     return out
 
@@ -124,6 +125,15 @@ class TestNames:
         paths = [f"bert.encoder.layer.{n}.attention.self.{p}" for n in range(2) for p in ("query", "value")]
         edit(lora, renamed(PREFIX, "base_model.model.bert."), target_modules=paths)
         assert torch.equal(own_output(bert, import_expert(lora, bert), IDS), expected)
+
+    def test_targets_that_lack_what_stands_in_front(self, bert: Backbone, model: BertModel, lora: Path) -> None:
+        """The same of an inner module: whole paths that are shorter than the backbone's."""
+        expected = peft_output(model, lora, IDS)
+        paths = [f"layer.{n}.attention.self.{p}" for n in range(2) for p in ("query", "value")]
+        edit(lora, renamed(f"{PREFIX}encoder.", PREFIX), target_modules=["inner." + p for p in paths])
+        expert = import_expert(lora, bert)
+        assert torch.equal(own_output(bert, expert, IDS), expected)
+        assert "base_model.model. → base_model.model.encoder." in import_notes(expert)
 
     def test_names_that_fit_nowhere(self, bert: Backbone, lora: Path, message: Any) -> None:
         edit(lora, renamed("attention.self", "mixer"))
@@ -194,6 +204,28 @@ class TestHeads:
         edit(lora, lambda t: {**t, key: own + 1})
         with pytest.raises(RefusedError, match=r"differ from the backbone's.*\n.*word_embeddings\.weight"):
             import_expert(lora, bert)
+
+
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*tied.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+class TestTied:
+    """T5's output layer and embeddings are one weight; PEFT writes a copy of it beside an adapter of either."""
+
+    @pytest.mark.parametrize("target", ["lm_head", "shared"])
+    def test_an_adapter_of_a_tied_layer_runs_alone(self, t5: Backbone, tmp_path: Path, target: str) -> None:
+        model = copy.deepcopy(t5.model)
+        folder = peft_folder(model, LoraConfig(r=2, target_modules=["q", target]), tmp_path / "tied")
+        ids = {"input_ids": IDS, "decoder_input_ids": IDS[:, :2]}
+        expected = peft_output(model, folder, IDS, **ids)
+        expert = import_expert(folder, t5)
+        with attached(t5, expert.config, expert.tensors), torch.no_grad():
+            assert torch.equal(t5.model(**ids)[0], expected)
+        copied = expert.card.training["imported"].get("same_as_the_backbone", [])
+        assert copied == ([f"{PREFIX}lm_head.base_layer.weight"] if target == "lm_head" else [])
+        if target == "shared":
+            with pytest.raises(RefusedError, match=r"shared\.lora_embedding_A \[2, \d+\] is not a LoRA factor"):
+                build_mixture([expert, expert], train="none")
 
 
 class TestBroken:

@@ -87,13 +87,13 @@ def import_expert(
     tensors = {_NAMED.sub(r"\g<head>\g<tail>", key): t for key, t in tensors.items()}
     if len(tensors) != len(set(tensors)):
         raise ExpertError(f"{folder / TENSOR_FILE} holds more than one adapter; save them apart")
+    tensors, copies = _without_copies(tensors, config, backbone, name)
+    if copies:
+        record["same_as_the_backbone"] = copies
     tensors, heads = _without_heads(tensors, config, backbone, name, drop_heads)
     if heads:
         config["modules_to_save"] = None
         record["left_out"] = heads
-    tensors, copies = _without_copies(tensors, backbone, name)
-    if copies:
-        record["same_as_the_backbone"] = copies
     found, config, renamed = _placed(tensors, config, backbone, name)
     if renamed:
         record["renamed"] = renamed
@@ -172,7 +172,6 @@ def _without_heads(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], backbone: Backbone, name: str, drop: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors without whole modules that the backbone lacks, and the names of those."""
-    saved = tuple(config.get("modules_to_save") or ())
     modules = dict(backbone.model.named_modules())
     heads = [
         key
@@ -181,7 +180,7 @@ def _without_heads(
         and not any(p in modules for p in _tails(key))
         and _is_weight(key)
     ]
-    heads += [k for k in tensors if k not in heads and any(f".{s}." in f".{k}" for s in saved)]
+    heads += [k for k in tensors if k not in heads and _is_saved_module(k, config)]
     if heads and not drop:
         shown = listed(f"{k} {list(tensors[k].shape)}" for k in heads)
         raise RefusedError(
@@ -193,15 +192,16 @@ def _without_heads(
 
 
 def _without_copies(
-    tensors: Mapping[str, Tensor], backbone: Backbone, name: str
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], backbone: Backbone, name: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors without copies of the backbone's own, which PEFT writes beside adapters of embeddings."""
+    """The tensors without copies of the backbone's own, which PEFT writes beside adapters of embeddings and output layers."""
     own = dict(backbone.model.named_parameters(remove_duplicate=False))
     copies: list[str] = []
     differing: list[str] = []
     for key, tensor in tensors.items():
-        match = next((own[p] for p in _tails(key, modules=False) if p in own), None)
-        if match is None:
+        plain = key.replace(".base_layer.", ".")
+        match = next((own[p] for p in _tails(plain, modules=False) if p in own), None)
+        if match is None or _is_saved_module(key, config):
             continue
         same = match.shape == tensor.shape and torch.equal(match.detach().cpu(), tensor.to(match.dtype))
         (copies if same else differing).append(key)
@@ -211,6 +211,11 @@ def _without_copies(
             f"as it is:{listed(f'{k} {list(tensors[k].shape)}' for k in differing)}"
         )
     return {k: t for k, t in tensors.items() if k not in copies}, copies
+
+
+def _is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor belongs to a module that was trained whole."""
+    return any(f".{module}." in f".{key}" for module in config.get("modules_to_save") or ())
 
 
 def _placed(
@@ -250,20 +255,21 @@ def _placed(
 def _targets(config: dict[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone) -> Iterator[dict[str, Any]]:
     """The configuration as it is, then with the adapted modules named one by one, as the tensors' names say."""
     yield config
-    modules = dict(backbone.model.named_modules())
-    named: set[str] = set()
-    for key in tensors:
-        path = re.split(rf"\.(?:{_PARTS})(?:\.|$)", key)[0]
-        if found := next((p for p in _suffixes(path.removeprefix(PREFIX)) if p in modules), None):
-            named.add(found)
-        else:
-            ends = [m for m in modules if m and f".{path}".endswith(f".{m}")] or [
-                m for m in modules if m.count(".") > 1 and m.endswith("." + ".".join(path.split(".")[-3:]))
-            ]
-            named.update(ends[:1] if len(ends) == 1 else ())
+    modules = [name for name, _ in backbone.model.named_modules() if name]
+    paths = {re.split(rf"\.(?:{_PARTS})(?:\.|$)", key)[0].removeprefix(PREFIX) for key in tensors}
+    named = {module for path in paths if (module := _module_of(path, modules))}
     if named:
         free = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
         yield {**config, **{k: v for k, v in free.items() if k in config}, "target_modules": sorted(named)}
+
+
+def _module_of(path: str, modules: Collection[str]) -> str | None:
+    """The one module whose name shares the longest ending with a path, in whole parts."""
+    for ending in _suffixes(path):
+        found = [m for m in modules if m == ending or m.endswith(f".{ending}")]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def _rewrites(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> list[tuple[str, str]]:
