@@ -25,7 +25,7 @@ from pituning.training.precision import precision
 from pituning.training.train_expert import start_from
 from pituning.training.trainer import TrainSettings, fit
 
-KINDS = [("score", "shared"), ("weights", "shared")]
+KINDS = [("score", "shared"), ("gradient", "shared"), ("average", "shared"), ("weights", "shared")]
 KINDS += [(kind, reference) for reference in ("shared", "own") for kind in ("fisher-cosine", "fisher", "fisher-paper")]
 
 

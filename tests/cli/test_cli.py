@@ -31,6 +31,7 @@ VERBS = [
     "train",
     "embed",
     "rank",
+    "graph",
     "interpolate",
     "eval",
     "predict",
@@ -52,6 +53,7 @@ VERBS = [
     "pool show",
     "pool verify",
     "pool audit",
+    "pool search",
 ]
 
 

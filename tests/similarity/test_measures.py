@@ -13,11 +13,22 @@ import torch
 from torch import Tensor
 
 from pituning.backbones.base import Backbone
-from pituning.errors import ExpertError, RefusedError
-from pituning.methods import initial_tensors
+from pituning.errors import DataError, ExpertError, PituningError, RefusedError, UnknownNameError
+from pituning.experts import Expert, ExpertPool
+from pituning.methods import attached, initial_tensors
 from pituning.similarity import TaskEmbedding
+from pituning.similarity.gradient import loss_slopes
 from pituning.similarity.graph import task_graph
-from pituning.similarity.measures import fisher_similarity, weight_similarity, zero_tensors
+from pituning.similarity.measures import (
+    KINDS,
+    MEASURES,
+    Comparison,
+    average_ranks,
+    fisher_similarity,
+    gradient_similarities,
+    weight_similarity,
+    zero_tensors,
+)
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 needs_fixtures = pytest.mark.skipif(
@@ -227,3 +238,135 @@ class TestWeights:
             start = initial_tensors(bert, left.config)
             bare = [e.with_card(init_hash="") for e in (left, right)]
             assert weight_similarity(*bare, start) == weight_similarity(left, right, start)
+
+
+class TestGradient:
+    """Against central differences of the loss in float64, one example at a time."""
+
+    STEP = 1e-4
+
+    def difference(self, loss_at: Any) -> float:
+        return float((loss_at(self.STEP) - loss_at(-self.STEP)) / (2 * self.STEP))
+
+    def mean_loss(self, backbone: Backbone, examples: Any) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([backbone.loss(backbone.collate([e])) for e in examples]).mean()
+
+    @pytest.mark.parametrize("family", ["encoder", "seq2seq", "ofa"])
+    def test_lora_falls_towards_its_delta(
+        self,
+        backbone_of: Any,
+        random_experts: Any,
+        random_examples: Any,
+        lora_deltas: Any,
+        with_deltas: Any,
+        family: str,
+    ) -> None:
+        backbone = backbone_of(family, torch.float64)
+        experts, examples = random_experts(backbone, "lora", 3, seed=4), random_examples(5, seed=1)
+        slopes = loss_slopes(backbone, experts, examples, batch_size=2)
+        found = gradient_similarities(backbone, experts, examples)
+        for expert, slope, similarity in zip(experts, slopes, found, strict=True):
+            deltas = lora_deltas(expert)
+
+            def loss_at(t: float, deltas: dict[str, Tensor] = deltas) -> Tensor:
+                with with_deltas(backbone, {m: t * d for m, d in deltas.items()}):
+                    return self.mean_loss(backbone, examples)
+
+            slow = self.difference(loss_at)
+            assert slope == pytest.approx(slow, rel=1e-5, abs=1e-8)
+            length = np.sqrt(sum(float(d.square().sum()) for d in deltas.values()))
+            assert similarity == pytest.approx(-slow / length, rel=1e-5, abs=1e-8)
+
+    @pytest.mark.parametrize(
+        ("family", "method"),
+        [("encoder", "bottleneck"), ("encoder", "bitfit"), ("ofa", "prefix"), ("seq2seq", "bottleneck")],
+    )
+    def test_other_methods_fall_from_their_common_start(
+        self, backbone_of: Any, random_expert: Any, random_examples: Any, family: str, method: str
+    ) -> None:
+        backbone = backbone_of(family, torch.float64)
+        experts, examples = [random_expert(backbone, method, s) for s in (1, 2)], random_examples(5, seed=2)
+        start = initial_tensors(backbone, experts[0].config)
+        for expert, found in zip(experts, gradient_similarities(backbone, experts, examples), strict=True):
+            way = {k: expert.tensors[k] - z for k, z in start.items()}
+
+            def loss_at(t: float, config: Any = expert.config, way: dict[str, Tensor] = way) -> Tensor:
+                with attached(backbone, config, {k: start[k] + t * w for k, w in way.items()}):
+                    return self.mean_loss(backbone, examples)
+
+            length = np.sqrt(sum(float(w.square().sum()) for w in way.values()))
+            assert found == pytest.approx(-self.difference(loss_at) / length, rel=1e-5, abs=1e-8)
+
+    def test_neither_its_length_nor_its_neighbours_move_an_experts_value(
+        self, backbone_of: Any, random_expert: Any, random_examples: Any
+    ) -> None:
+        backbone, examples = backbone_of("encoder", torch.float64), random_examples(4)
+        expert, other = (random_expert(backbone, "lora", s) for s in (1, 2))
+        longer = Expert(
+            {k: t * 3 if "lora_B" in k else t for k, t in expert.tensors.items()}, expert.config, expert.card
+        )
+        untrained = Expert(initial_tensors(backbone, expert.config), expert.config, expert.card)
+        alone = gradient_similarities(backbone, [expert], examples)
+        assert gradient_similarities(backbone, [other, longer, untrained], examples)[1:] == [
+            pytest.approx(alone[0], rel=1e-9),
+            0.0,
+        ]
+
+    def test_no_examples_and_another_start_are_refused(
+        self, bert: Backbone, random_expert: Any, random_examples: Any, message: Any
+    ) -> None:
+        pair = [random_expert(bert, "bottleneck", s, name=f"e{s}") for s in (1, 2)]
+        with pytest.raises(DataError, match="no examples to take the gradient"):
+            gradient_similarities(bert, pair, [])
+        pair[1] = pair[1].with_card(init_hash="another")
+        text = message(gradient_similarities, bert, pair, random_examples(2))
+        assert "expert 'e2' was trained is another" in text
+        assert "similarity 'gradient'" in text
+
+    def test_an_infinite_loss_is_an_error(self, fresh_bert_of: Any, random_expert: Any, random_examples: Any) -> None:
+        backbone = fresh_bert_of(torch.float32)
+        expert = random_expert(backbone, "lora", 1)
+        backbone.model.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
+        with pytest.raises(ExpertError, match=r"'gradient': the gradient of the loss .* is not finite"):
+            gradient_similarities(backbone, [expert], random_examples(2))
+
+
+class TestRegistry:
+    def comparison(
+        self, backbone: Backbone, experts: list[Expert], task: Any, folder: Path, **changes: Any
+    ) -> Comparison:
+        return Comparison(backbone, task, ExpertPool(folder), experts, **changes)
+
+    def test_every_kind_is_there_under_its_name(self) -> None:
+        assert set(KINDS) == {"fisher", "fisher-paper", "fisher-cosine", "weights", "gradient", "score", "average"}
+        assert all(measure.name == name for name, measure in MEASURES.items())
+
+    def test_average_is_the_mean_share_of_candidates_beaten(
+        self, bert: Backbone, random_expert: Any, make_task: Any, tmp_path: Path
+    ) -> None:
+        experts = [random_expert(bert, "lora", s) for s in range(4)]
+        kinds = ("score", "gradient", "weights")
+        comparison = self.comparison(
+            bert, experts, make_task(), tmp_path, own=random_expert(bert, "lora", 9), average_of=(*kinds, "score")
+        )
+        rows = [MEASURES[kind](comparison) for kind in kinds]
+        shares = [[sum(a > b for b in row) / 3 for a in row] for row in rows]
+        assert MEASURES["average"](comparison) == pytest.approx(np.mean(shares, axis=0).tolist())
+
+    def test_ties_count_half_and_one_candidate_is_the_best(self) -> None:
+        assert average_ranks([[1.0, 1.0, 0.0], [0.0, 2.0, 1.0]]) == pytest.approx(
+            [(0.75 + 0) / 2, (0.75 + 1) / 2, 0.25]
+        )
+        assert average_ranks([[-3.0], [7.0]]) == [1.0]
+
+    def test_what_is_missing_is_named(self, bert: Backbone, random_expert: Any, make_task: Any, tmp_path: Path) -> None:
+        experts, task = [random_expert(bert, "lora", s) for s in range(2)], make_task()
+        with pytest.raises(PituningError, match="'weights' needs the target's own expert"):
+            MEASURES["average"](self.comparison(bert, experts, task, tmp_path, average_of=("score", "weights")))
+        with pytest.raises(UnknownNameError, match="unknown similarity 'scores': did you mean 'score'"):
+            MEASURES["average"](self.comparison(bert, experts, task, tmp_path, average_of=("scores",)))
+        with pytest.raises(UnknownNameError, match="unknown similarity 'average'"):
+            MEASURES["average"](self.comparison(bert, experts, task, tmp_path, average_of=("average",)))
+        with pytest.raises(PituningError, match="average_of names no similarity"):
+            MEASURES["average"](self.comparison(bert, experts, task, tmp_path, average_of=()))

@@ -12,6 +12,7 @@ from pituning.cli.convert import convert
 from pituning.cli.embed import embed
 from pituning.cli.eval import evaluate
 from pituning.cli.export import export, verify
+from pituning.cli.graph import graph
 from pituning.cli.importing import import_adapter, pull, push
 from pituning.cli.interpolate import interpolate
 from pituning.cli.merge import merge
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(embed)
 app.command()(rank)
+app.command()(graph)
 app.command()(interpolate)
 app.command()(merge)
 app.command("eval")(evaluate)
@@ -56,7 +58,7 @@ app.command()(run)
 app.command()(validate)
 app.command()(convert)
 app.add_typer(analyse_app, name="analyse", help="Look at what lies between experts, and what each of them is worth.")
-app.add_typer(pool_app, name="pool", help="Look after a pool: list, show, verify and audit its experts.")
+app.add_typer(pool_app, name="pool", help="Look after a pool: list, show, verify, audit and search its experts.")
 
 
 def _print_version(wanted: bool) -> None:

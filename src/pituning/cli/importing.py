@@ -24,6 +24,9 @@ def import_adapter(
     output: Output,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the expert in the pool.")] = None,
     task: Annotated[str, typer.Option(metavar="TASK", help="What it was trained for, if you know.")] = "",
+    licence: Annotated[
+        str, typer.Option("--licence", "--license", metavar="NAME", help="Terms of use, such as apache-2.0.")
+    ] = "",
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
     drop_heads: Annotated[
         bool, typer.Option("--drop-heads", help="Leave out a head or other whole modules that were saved beside it.")
@@ -44,7 +47,14 @@ def import_adapter(
         backbone = model.load()
     with output.status(f"importing {source}"):
         expert = import_expert(
-            source, backbone, name=name, task=task, revision=revision, drop_heads=drop_heads, any_base=any_base
+            source,
+            backbone,
+            name=name,
+            task=task,
+            licence=licence,
+            revision=revision,
+            drop_heads=drop_heads,
+            any_base=any_base,
         )
         folder = ExpertPool(pool.pool).add(expert)
     notes = import_notes(expert)

@@ -10,8 +10,16 @@ import typer
 
 from pituning.cli.options import DataOptions, ModelOptions, PoolOptions, SaveOptions, TaskName, comma_separated
 from pituning.cli.output import Output, table
-from pituning.cli.rank import RankingOptions, ranking_document, ranking_table
+from pituning.cli.rank import (
+    RankingOptions,
+    SelectionOptions,
+    ranking_document,
+    ranking_table,
+    selection_document,
+    selection_tables,
+)
 from pituning.cli.verb import verb
+from pituning.errors import PituningError
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -34,15 +42,14 @@ def interpolate(
     model: ModelOptions,
     pool: PoolOptions,
     choice: RankingOptions,
+    selection: SelectionOptions,
     saving: SaveOptions,
     output: Output,
-    top: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="Blend so many of the highest ranked experts.", rich_help_panel=_PANEL),
-    ] = 3,
     experts: Annotated[
         str | None,
-        typer.Option(metavar="A,B,C", help="Blend these experts, not the highest ranked.", rich_help_panel=_PANEL),
+        typer.Option(
+            metavar="A,B,C", help="Blend these experts, or with --select some of them.", rich_help_panel=_PANEL
+        ),
     ] = None,
     include_own: Annotated[
         IncludeOwn,
@@ -145,14 +152,25 @@ def interpolate(
         backbone = model.load()
     with output.status(f"comparing experts with {task}"):
         ranking = choice.rank(backbone, target, experts_pool, own, data=source.data, among=names)
-    chosen = ranking.top(len(names) or top)
-    if names and not isinstance(weights, str):  # given weights are in the order of the given names
+    checked = target if selection.select in ("greedy", "auto") else None  # the others' choice is not to be questioned
+    with output.status("selecting experts"):
+        most = len(names) if selection.select is None else None
+        selected = selection.choose(ranking, backbone, checked, most=most or None)
+    chosen = list(selected.experts)
+    if not chosen:
+        raise PituningError(
+            f"{selected.reason}. Nothing is blended; --select top-k takes the highest ranked experts all the same"
+        )
+    if (
+        names and selection.select is None and not isinstance(weights, str)
+    ):  # given weights are in the order of the given names
         chosen = [expert for name in names for expert in chosen if expert.name == name]
+    similarity = dict(zip((e.name for e in ranking.experts), ranking.similarities, strict=True))
     folder = saving.destination(pool, f"{task}-pi", task=task, method=chosen[0].card.method, blended=True)
     with output.status(f"blending {', '.join(e.name for e in chosen)}: comparing candidates by cross-fitting"):
         found = blend(
             backbone, target, chosen, own, train=train_mode, granularity=granularity, init=weights,
-            similarities=ranking.similarities[: len(chosen)], include_own=_OWN[include_own], seed=source.seed,
+            similarities=[similarity[e.name] for e in chosen], include_own=_OWN[include_own], seed=source.seed,
             coefficients=coefficients, temperature=temperature, rank=rank, max_error=max_error, name=folder.name,
             search=Search(
                 alpha_learning_rate=ALPHA_LEARNING_RATE if optimizer == "adamw" else 0.0, optimizer=optimizer,
@@ -168,9 +186,11 @@ def interpolate(
             "weights": found.mean_weights(),
             "candidates": [asdict(c) for c in found.candidates],
             "ranking": {"kind": ranking.kind, "experts": ranking_document(ranking)},
+            "selection": selection_document(selected),
             "largest_fold_error": max(found.errors.values(), default=0.0),
         },
         ranking_table(ranking),
+        *selection_tables(selected),
         *_tables(found),
         f"saved to {folder}",
     )

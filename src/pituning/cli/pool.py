@@ -1,7 +1,8 @@
-"""`pituning pool`: list, show, verify, audit."""
+"""`pituning pool`: list, show, verify, audit, search."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,12 +10,16 @@ import typer
 
 from pituning.cli.options import DataOptions, ModelOptions, PoolOptions, TaskName
 from pituning.cli.output import Output, table
+from pituning.cli.rank import Reference
 from pituning.cli.verb import verb
 from pituning.errors import ExpertError
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from pituning.data.overlap import Overlap
     from pituning.experts import ExpertCard
+    from pituning.experts.search import Hit
 
 pool_app = typer.Typer(no_args_is_help=True)
 
@@ -71,6 +76,7 @@ def show(
         ("method", card.method),
         ("backbone", f"{card.backbone} {card.fingerprint}".strip()),
         ("trained on", f"{_shots(card)}, seed {card.seed}" if card.shots is not None else "all examples"),
+        ("licence", card.licence),
         ("parameters", f"{card.parameters:,} in {len(expert.tensors)} tensors"),
         ("answers", "; ".join(card.choices)),
         *((metric, f"{value:.4f}") for metric, value in card.metrics.items()),
@@ -146,6 +152,87 @@ def audit(task: TaskName, source: DataOptions, pool: PoolOptions, output: Output
             [[n, tasks[n], *_summary(found, tasks[n] == task)] for n, found in report.items()],
         ),
     )
+
+
+@pool_app.command("search")
+@verb
+def search(
+    pool: PoolOptions,
+    output: Output,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK|EXPERT", help="Those most like this expert, or like the experts for this task, first."
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Only experts on this backbone: its id, short name or fingerprint."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="Only experts of this method.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", metavar="ID", help="Only experts under this licence: mit …")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME>=X", help="Only experts whose card has such a metric; more than once for several."),
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="At most so many experts.")] = 10,
+    reference: Annotated[
+        Reference, typer.Option(help="Which embeddings: all made at one shared expert, or each at its own.")
+    ] = "shared",
+) -> None:
+    """Find experts by what their cards say and by how like they are to a task or to another expert.
+
+    The pool keeps an index for it, in which only new and changed experts are read again.
+
+    Example: pituning pool search --like sst2 --method lora --metric 'accuracy>=0.8' --pool experts
+    """
+    with output.status(f"reading the index of {pool.pool}"):
+        from pituning.experts.index import open_index
+        from pituning.experts.search import MetricBound, Wanted, search_pool
+
+        wanted = Wanted(backbone, method, licence, tuple(MetricBound.parse(bound) for bound in metric or ()))
+        index = open_index(pool.open())
+    found = search_pool(index, like, wanted, top=top, reference=reference)
+    if not index.saved:
+        output.note(f"note: the index could not be stored in {pool.pool}; the next search makes it again")
+    heading = f"Experts like {like}, by fisher-cosine ({reference})" if like is not None else f"Experts of {pool.pool}"
+    output.result(
+        {
+            "pool": pool.pool,
+            "experts": [{**_searchable(hit.card), "similarity": hit.similarity} for hit in found.hits],
+            "like": found.like, "matching": found.matching, "incomparable": found.incomparable,
+            "problems": found.problems, "read": index.read,
+        },
+        *_hits_table(heading, found.hits),
+        f"{found.matching:,} of {len(index.entries):,} experts match"
+        + (f", {found.incomparable:,} of them have no embedding to compare" if found.incomparable else ""),
+        *(f"broken: {name}: {why}" for name, why in found.problems.items()),
+    )  # fmt: skip
+
+
+def _hits_table(title: str, hits: Sequence[Hit]) -> list[Group | str]:
+    """The experts that were found; what all of them have in common is said in a line below."""
+    columns: dict[str, list[str]] = {"expert": [hit.card.name for hit in hits]}
+    if any(hit.similarity is not None for hit in hits):
+        columns["similarity#"] = [f"{hit.similarity:.4f}" for hit in hits]
+    columns["task"] = [hit.card.task for hit in hits]
+    columns["metrics"] = [", ".join(f"{name} {value:.4g}" for name, value in hit.card.metrics.items()) for hit in hits]
+    common = []
+    for fact in ("method", "licence", "backbone"):
+        values = [str(getattr(hit.card, fact)) for hit in hits]
+        if len(set(values)) > 1:
+            columns[fact] = [value.rpartition("/")[2] for value in values]
+        elif any(values):
+            common.append(f"{fact} {values[0]}")
+    rows = list(zip(*columns.values(), strict=True))
+    return [table(title, list(columns), rows), *([f"all of them: {', '.join(common)}"] if common else [])]
+
+
+def _searchable(card: ExpertCard) -> dict[str, Any]:
+    """What the index holds of a card."""
+    return {key: value for key, value in asdict(card).items() if key not in ("choices", "training")}
 
 
 def _finding(found: list[Overlap] | str) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pituning.cli.options import DataOptions, ModelOptions, PoolOptions, TaskName
+from pituning.cli.options import DataOptions, ModelOptions, PoolOptions, TaskName, comma_separated
 from pituning.cli.output import Output, table
 from pituning.cli.verb import verb
 from pituning.errors import RefusedError
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from pituning.backbones.base import Backbone
     from pituning.experts import Expert, ExpertPool
     from pituning.similarity import Ranking
+    from pituning.similarity.selection import Selection
     from pituning.tasks import Task
 
 Reference = Literal["shared", "own"]
+Way = Literal["top-k", "threshold", "greedy", "diverse", "auto"]
+SoupWeights = Literal["uniform", "score"]
 _PANEL = "Choice of experts"
 
 
@@ -33,11 +36,20 @@ class RankingOptions:
     kind: Annotated[
         str,
         typer.Option(
-            help="Similarity: score (how well each expert predicts the task's training examples), fisher, "
-            "fisher-cosine, fisher-paper (task embeddings) or weights (no data needed).",
+            help="Similarity: score (how well each expert predicts the task's training examples), gradient (how steeply "
+            "their loss falls towards each expert), fisher, fisher-cosine, fisher-paper (task embeddings), weights (no data "
+            "needed) or average (of the ranks by several).",
             rich_help_panel=_PANEL,
         ),
     ] = "score"
+    average_of: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="The similarities that --kind average averages; score,gradient by default.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
     reference: Annotated[
         Reference,
         typer.Option(
@@ -89,7 +101,11 @@ class RankingOptions:
         """Rank the pool's experts of one method, or of those only the named ones."""
         from pituning.methods import make_config
         from pituning.similarity import rank_experts
+        from pituning.similarity.measures import AVERAGED
 
+        averaged = comma_separated("--average-of", self.average_of)
+        if averaged and self.kind != "average":
+            raise typer.BadParameter(f"--average-of needs --kind average, not --kind {self.kind}")
         if self.method is not None:
             make_config(self.method, backbone)
         names = list(among) or pool.names()
@@ -104,8 +120,66 @@ class RankingOptions:
             raise RefusedError(f"{left_out}: trained on task {task.name!r} itself, or of another method than {method}")
         exclude = [name for name in pool.names() if name not in wanted]
         return rank_experts(
-            backbone, task, pool, own, kind=self.kind, reference=self.reference, data=data, exclude=exclude
-        )
+            backbone, task, pool, own, kind=self.kind, reference=self.reference, data=data, exclude=exclude,
+            average_of=averaged or AVERAGED,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """How many of the ranked experts are used, and which."""
+
+    select: Annotated[
+        Way | None,
+        typer.Option(
+            help="top-k; threshold; greedy (whichever lowers the soup's log-loss on the task's examples most, until none "
+            "does); diverse (similar to the task, not to one another); auto (the best number of the highest ranked).",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    top: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="So many of the highest ranked experts, 3 by default; for greedy and auto the most.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="The lowest similarity, with --select threshold.", rich_help_panel=_PANEL),
+    ] = None
+    diversity: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            min=0,
+            max=1,
+            help="With --select diverse: 0 looks at the similarity alone, 1 at the difference alone.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = 0.5
+    soup: Annotated[
+        SoupWeights,
+        typer.Option(help="Weights of the soups that selection compares.", rich_help_panel=_PANEL),
+    ] = "uniform"
+
+    def choose(
+        self,
+        ranking: Ranking,
+        backbone: Backbone,
+        task: Task | None,
+        own: Expert | None = None,
+        most: int | None = None,
+    ) -> Selection:
+        """Choose from a ranking, by default the highest ranked; with a task the choice is checked on its examples."""
+        from pituning.similarity.selection import select
+
+        return select(
+            ranking, self.select or "top-k", k=self.top or most, threshold=self.threshold, diversity=self.diversity,
+            soup=self.soup, backbone=backbone, task=task, own=own,
+        )  # fmt: skip
 
 
 @verb
@@ -115,13 +189,15 @@ def rank(
     model: ModelOptions,
     pool: PoolOptions,
     ranking: RankingOptions,
+    selection: SelectionOptions,
     output: Output,
 ) -> None:
     """Predict which experts of the pool will help a task, the most helpful first.
 
-    Experts for the task itself are left out: they have seen its examples.
+    Experts for the task itself are left out: they have seen its examples. With --select it also says which of them to use,
+    and whether they beat the bare backbone (and --own) on examples held out from the choice.
 
-    Example: pituning rank sst2 --shots 16
+    Example: pituning rank sst2 --shots 16 --select greedy
     """
     target = source.load(task)
     with output.status(f"loading {model.backbone}"):
@@ -130,9 +206,14 @@ def rank(
         backbone = model.load()
     with output.status(f"comparing experts with {task}"):
         found = ranking.rank(backbone, target, experts, own, data=source.data)
-    output.result(
-        {"task": task, "pool": pool.pool, "kind": found.kind, "experts": ranking_document(found)}, ranking_table(found)
-    )
+    document = {"task": task, "pool": pool.pool, "kind": found.kind, "experts": ranking_document(found)}
+    shown: list[Group | str] = [ranking_table(found)]
+    if selection.select is not None:
+        with output.status(f"selecting by {selection.select}"):
+            chosen = selection.choose(found, backbone, target, own)
+        document["selection"] = selection_document(chosen)
+        shown += [*selection_tables(chosen), chosen.reason]
+    output.result(document, *shown)
 
 
 def ranking_document(ranking: Ranking) -> list[dict[str, Any]]:
@@ -151,3 +232,23 @@ def ranking_table(ranking: Ranking) -> Group:
         ["expert", "task", "similarity#"],
         rows,
     )
+
+
+def selection_document(selection: Selection) -> dict[str, Any]:
+    """A selection as plain values."""
+    return {
+        "how": selection.how,
+        "experts": [e.name for e in selection.experts],
+        "helps": selection.helps,
+        "reason": selection.reason,
+        "soups": [asdict(soup) for soup in selection.soups],
+        "arms": [{"name": arm.name, "loss": arm.loss} for arm in selection.arms],
+    }
+
+
+def selection_tables(selection: Selection) -> list[Group]:
+    """What a selection chose and what it compared, as tables."""
+    chosen = [[str(n + 1), e.name, e.card.task] for n, e in enumerate(selection.experts)]
+    arms = [[arm.name, f"{arm.loss:.4f}"] for arm in selection.arms]
+    tables = [table(f"Selected by {selection.how}", ["#", "expert", "task"], chosen)] if chosen else []
+    return tables + ([table("Checked on held-out folds", ["", "cross-fitted log-loss#"], arms)] if arms else [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -37,6 +38,7 @@ class ExpertCard:
         backbone: id of the backbone, as a user would load it with transformers.
         fingerprint: of the backbone; empty for a foreign PEFT folder.
         init_hash: hash of the common initialisation; equal hashes share coordinates.
+        licence: SPDX identifier of the licence the tensors are under, such as ``apache-2.0``; empty where unknown.
         lineage: the experts it was blended from, each with its mean weight.
         metrics: held-out figures by name, such as ``{"dev log-loss": 0.31}``.
         training: learning rate, steps and whatever else reproduces it.
@@ -55,6 +57,7 @@ class ExpertCard:
     metrics: Mapping[str, float] = field(default_factory=dict)
     lineage: tuple[Mapping[str, Any], ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = ""
     version: str = __version__
 
     @property
@@ -163,20 +166,11 @@ class Expert:
         config = read_config(folder / CONFIG_FILE)
         tensors = read_tensors(folder / TENSOR_FILE)
         if not (folder / CARD_FILE).is_file():
-            card = ExpertCard(
-                name=folder.name,
-                backbone=config.get("base_model_name_or_path") or "",
-                method=str(config.get("peft_type", "")).lower(),
-                parameters=sum(t.numel() for t in tensors.values()),
-            )
-            expert = cls(tensors, config, card)
+            expert = cls(tensors, config, _foreign_card(folder, config, sum(t.numel() for t in tensors.values())))
             expert.verify()
             return expert
         config["base_model_name_or_path"] = None  # the card says it, with the fingerprint
-        record = _read_json(folder / CARD_FILE, "the expert's card is missing")
-        if record.get("schema") != SCHEMA:
-            raise ExpertError(f"{folder / CARD_FILE}: schema {record.get('schema')!r}, this version reads {SCHEMA}")
-        card, shapes = _read_card(record, folder / CARD_FILE)
+        record, card, shapes = _read_record(folder)
         check_tensors(shapes, tensors, f"expert in {folder}")
         if record.get("sha256") != file_hash(folder / TENSOR_FILE):
             raise ExpertError(
@@ -187,6 +181,27 @@ class Expert:
                 f"{folder / CONFIG_FILE} was changed after it was saved: its hash differs from the card's"
             )
         return cls(tensors, config, card)
+
+
+def read_card(folder: Path) -> ExpertCard:
+    """The card of an expert folder, or of any PEFT adapter folder, without reading its tensors.
+
+    Names and shapes in the tensor file are compared with the card's, and a truncated file is found out; whether the
+    values are those that were saved, only :meth:`Expert.load` can tell.
+
+    Raises:
+        ExpertError: if a file is missing or truncated, or a tensor is missing, extra or misshaped.
+    """
+    config = read_config(folder / CONFIG_FILE)
+    found = read_shapes(folder / TENSOR_FILE)
+    if not (folder / CARD_FILE).is_file():
+        return _foreign_card(folder, config, sum(math.prod(shape) for shape in found.values()))
+    _, card, shapes = _read_record(folder)
+    for key in sorted(found.keys() | shapes.keys()):
+        if found.get(key) != shapes.get(key):
+            there, said = (list(s[key]) if key in s else "absent" for s in (found, shapes))
+            raise ExpertError(f"expert in {folder}: tensor {key} is {there} in {TENSOR_FILE}, and {said} in its card")
+    return replace(card, name=folder.name)
 
 
 def start_of(backbone: Backbone, expert: Expert) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -281,6 +296,23 @@ def _read_json(path: Path, problem: str) -> dict[str, Any]:
     return values
 
 
+def _foreign_card(folder: Path, config: Mapping[str, Any], parameters: int) -> ExpertCard:
+    return ExpertCard(
+        name=folder.name,
+        backbone=config.get("base_model_name_or_path") or "",
+        method=str(config.get("peft_type", "")).lower(),
+        parameters=parameters,
+    )
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Any], ExpertCard, dict[str, tuple[int, ...]]]:
+    """The card's file as it is, the card in it, and the shapes that it records."""
+    record = _read_json(folder / CARD_FILE, "the expert's card is missing")
+    if record.get("schema") != SCHEMA:
+        raise ExpertError(f"{folder / CARD_FILE}: schema {record.get('schema')!r}, this version reads {SCHEMA}")
+    return record, *_read_card(record, folder / CARD_FILE)
+
+
 def _read_card(record: Mapping[str, Any], path: Path) -> tuple[ExpertCard, dict[str, tuple[int, ...]]]:
     """The card and the recorded shapes; entries of a later version are ignored."""
     known = {f.name for f in fields(ExpertCard)}
@@ -311,6 +343,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file by name, from its header alone.
+
+    Raises:
+        ExpertError: if there is no such file, or it is truncated or none.
+    """
+    if not path.is_file():
+        raise ExpertError(f"no such file: {path}; only safetensors are read, never pickles")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ExpertError(f"{path} cannot be read, it is truncated or not a safetensors file ({error})") from error
+
+
 def _model_card(expert: Expert) -> str:
     card = expert.card
     generative = {"seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
@@ -323,6 +370,7 @@ def _model_card(expert: Expert) -> str:
         "---",
         "library_name: peft",
         f"base_model: {card.backbone}",
+        *([f"license: {card.licence}"] if card.licence else []),
         "tags: [pituning, peft]",
         "---",
         f"# {card.name}",

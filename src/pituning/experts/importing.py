@@ -40,6 +40,7 @@ def import_expert(
     *,
     name: str | None = None,
     task: str = "",
+    licence: str = "",
     revision: str | None = None,
     drop_heads: bool = False,
     any_base: bool = False,
@@ -53,7 +54,7 @@ def import_expert(
     Args:
         source: a folder, or a hub repository's id.
         name: of the expert; the folder's or repository's last part by default.
-        task: what it was trained for, where that is known.
+        task, licence: what it was trained for, and under which terms it may be used, where that is known.
         revision: of the hub repository.
         drop_heads: leave out whole modules that were saved beside the adapter and that the backbone does not have, such as a
             classification head. Without it they are refused, by name: pituning scores answers without heads, and a head that
@@ -102,6 +103,7 @@ def import_expert(
         backbone=backbone.hub_name,
         fingerprint=backbone.fingerprint,
         task=task,
+        licence=licence,
         method=str(config["peft_type"]).lower(),
         parameters=sum(t.numel() for t in found.values()),
         training={**backbone.record, "imported": record},

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
@@ -263,7 +264,7 @@ def _units(expert: Expert) -> dict[str, str]:
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
     key = get_pattern_key(patterns.keys(), module.removeprefix(PREFIX))
-    alpha = float(patterns.get(key, config["lora_alpha"]))
+    alpha = float(patterns.get(key, config.get("lora_alpha", LoraConfig.lora_alpha)))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

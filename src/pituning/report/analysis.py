@@ -16,10 +16,8 @@ from pituning.analysis.trajectory import Trajectory
 from pituning.report.content import Metric, Numbers
 from pituning.report.images import drawing, new_figure, save
 from pituning.report.layout import ellipsis
-from pituning.report.style import FAINT, GRID, INK, OTHER, OWN, PI, axis_title, wrapped
+from pituning.report.style import FAINT, GRID, INK, LINES, OTHER, OWN, PI, axis_title, wrapped
 
-# For lines of several experts; told apart by readers with any colour vision. After Okabe & Ito, 2008, without its yellow.
-LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", INK)
 # From low to high loss, dark to pale, so that white marks stand out where it matters.
 _LOSS = ("#1e3a5f", "#35618f", "#6d93c4", "#a9c1e3", "#dbe5f4", "#f7f1ea", "#f3cfae")
 _LONGEST_NAME = 26

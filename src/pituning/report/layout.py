@@ -13,7 +13,7 @@ from pituning.report.content import Graph, Numbers
 NODE_RADIUS = 11.0
 LINE_HEIGHT = 18.0
 _CHARACTER_WIDTH = 7.4
-_LONGEST_LABEL = 22
+LONGEST_LABEL = 22
 _MARGIN = 14.0
 _EDGES, _TARGET_EDGES = 2, 4
 
@@ -39,22 +39,24 @@ class GraphLayout:
     height: float
 
 
-def lay_out(graph: Graph, width: float = 1000.0) -> GraphLayout:
-    """Place similar tasks near each other such that no node or label covers another.
+def lay_out(graph: Graph, width: float = 1000.0, labelled: bool = True) -> GraphLayout:
+    """Place similar tasks near each other such that no node covers another and, if ``labelled``, no label does.
 
     Stress majorisation (SMACOF, de Leeuw 1977) from classical multidimensional scaling, then boxes of node and label
     are pushed apart. The same graph always gets the same picture.
     """
     count = len(graph.names)
-    height = float(np.clip(300 + 20 * count, 340, 1600))
-    labels = tuple(ellipsis(name, _LONGEST_LABEL) for name in graph.names)
+    height = float(np.clip(300 + 20 * count, 340, 1600 if labelled else 900))
+    labels = tuple(ellipsis(name, LONGEST_LABEL) for name in graph.names)
     strength = _strengths(graph.matrix)
     points = _stress_layout(_distances(strength))
     boxes = np.array([[max(2.4 * NODE_RADIUS, len(label) * _CHARACTER_WIDTH) + 10, 0.0] for label in labels])
     boxes[:, 1] = 2 * NODE_RADIUS + LINE_HEIGHT + 12
+    if not labelled:
+        boxes[:] = 4 * NODE_RADIUS, 2.6 * NODE_RADIUS
     positions = _push_apart(_fit(points, boxes, width, height), boxes, width, height)
     # The box's centre lies half a line below the centre of the node.
-    positions[:, 1] += LINE_HEIGHT / 2
+    positions[:, 1] += LINE_HEIGHT / 2 * labelled
     return GraphLayout(positions, labels, _strongest_edges(graph, strength), width, height)
 
 
@@ -64,6 +66,18 @@ def ellipsis(text: str, longest: int) -> str:
     'tweet_sen…'
     """
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def shortened(text: str, longest: int) -> str:
+    """Cut in the middle, since names of one pool often differ at their ends only.
+
+    >>> shortened("tweet_sentiment-14", 12)
+    'tweet_…nt-14'
+    """
+    if len(text) <= longest:
+        return text
+    tail = (longest - 1) // 2
+    return f"{text[: longest - 1 - tail]}…{text[-tail:]}"
 
 
 def without_common_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
@@ -165,20 +179,20 @@ def _push_apart(points: Numbers, boxes: Numbers, width: float, height: float, ro
     points = points.copy()
     low = boxes / 2 + _MARGIN
     high = np.array([width, height]) - low
+    reach = (boxes[:, None] + boxes) / 2
     for _ in range(rounds):
-        moved = False
-        for i in range(len(points)):
-            for j in range(i + 1, len(points)):
-                offset = points[j] - points[i]
-                overlap = (boxes[i] + boxes[j]) / 2 - np.abs(offset)
-                if (overlap <= 0).any():
-                    continue
-                axis = int(np.argmin(overlap))
-                push = (overlap[axis] / 2 + 0.5) * (1.0 if offset[axis] >= 0 else -1.0)
-                points[i, axis] -= push
-                points[j, axis] += push
-                moved = True
+        apart = np.abs(points[:, None] - points) >= reach
+        pairs = np.argwhere(np.triu(~apart.any(axis=-1), 1))
+        for i, j in pairs:
+            offset = points[j] - points[i]
+            overlap = reach[i, j] - np.abs(offset)
+            if (overlap <= 0).any():
+                continue
+            axis = int(np.argmin(overlap))
+            push = (overlap[axis] / 2 + 0.5) * (1.0 if offset[axis] >= 0 else -1.0)
+            points[i, axis] -= push
+            points[j, axis] += push
         points = np.clip(points, low, high)
-        if not moved:
+        if not len(pairs):
             break
     return points

@@ -40,7 +40,7 @@ _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, 
 def arms_figure(content: Content) -> go.Figure:
     """Every seed's value as a dot in its own lane, the mean as a bar, the ceiling as a dashed line."""
     metric, rows = content.metric, range(len(content.arms), 0, -1)
-    figure = _figure(height=60 + 46 * len(content.arms) + (24 if content.ceiling else 0))
+    figure = new_figure(height=60 + 46 * len(content.arms) + (24 if content.ceiling else 0))
     for row, arm in zip(rows, content.arms, strict=True):
         colour = arm_colour(arm, content)
         figure.add_scatter(
@@ -85,7 +85,7 @@ def arms_figure(content: Content) -> go.Figure:
 def differences_figure(content: Content) -> go.Figure:
     """Paired differences with their intervals around a zero line."""
     metric, rows = content.metric, range(len(content.differences), 0, -1)
-    figure = _figure(height=60 + 44 * len(content.differences))
+    figure = new_figure(height=60 + 44 * len(content.differences))
     figure.add_vline(x=0, line={"color": INK, "width": 1.5})
     for row, difference in zip(rows, content.differences, strict=True):
         colour = _difference_colour(difference)
@@ -149,7 +149,7 @@ def ranking_figure(ranking: Ranking, metric: Metric) -> go.Figure:
 def graph_figure(graph: Graph) -> go.Figure:
     """The task graph: each task's strongest edges, wider and darker where more similar."""
     layout = lay_out(graph)
-    figure = _figure(height=int(layout.height))
+    figure = new_figure(height=int(layout.height))
     for edge in layout.edges:
         ends = layout.positions[[edge.left, edge.right]]
         figure.add_scatter(
@@ -198,7 +198,7 @@ def weights_figure(weights: Weights) -> go.Figure:
     middle, reach = colour_range(weights)
     names = [escape(ellipsis(name, 24)) for name in weights.experts]
     steep = max(len(name) for name in weights.experts) * 8 > 700 / len(names)
-    figure = _figure(height=int(60 + row_height * len(groups) + (150 if steep else 0)))
+    figure = new_figure(height=int(60 + row_height * len(groups) + (150 if steep else 0)))
     figure.add_heatmap(
         z=weights.values,
         x=list(range(len(names))),
@@ -289,7 +289,8 @@ def _rows(figure: go.Figure, rows: Iterable[int], labels: Sequence[str]) -> None
     )
 
 
-def _figure(height: int) -> go.Figure:
+def new_figure(height: int) -> go.Figure:
+    """An empty figure of the page's look, ``height`` pixels high."""
     figure = go.Figure()
     _style(figure, height)
     return figure

@@ -13,6 +13,10 @@ INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 PI, OWN, OTHER = "#c2410c", "#1d4ed8", "#7b8794"
 # Pale enough at both ends for dark numbers to be read on it.
 DIVERGING = ["#6d93f0", "#bccdf8", "#ffffff", "#f8cdb4", "#ee8a5c"]
+# Told apart by readers with any colour vision. After Okabe & Ito, 2008, without its yellow.
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", INK)
+# From low to high, pale to dark.
+SEQUENTIAL = ["#f5f7fa", "#bccdf8", "#6d93f0", "#2f55b8", "#1e2f5e"]
 LONGEST_GROUP = 46
 NODE = "#5b7ba8"
 

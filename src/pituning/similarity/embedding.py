@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -18,6 +19,7 @@ from pituning.experts.expert import Expert, tensor_hash
 from pituning.experts.pool import ExpertPool
 from pituning.interpolation.build import build_mixture
 from pituning.interpolation.collapse import collapse
+from pituning.similarity.compact import Compact, compact_fisher
 from pituning.similarity.fisher import fisher_diagonal
 from pituning.tasks.task import Task, load_task, task_names
 
@@ -49,13 +51,18 @@ class TaskEmbedding:
     mean_loss: float
     split_half: float
 
+    def compact(self) -> Compact:
+        """The embedding as at most 256 numbers, float32, of unit length; see :func:`compact_fisher`."""
+        return compact_fisher(self.fisher)
+
     def save(self, folder: Path) -> Path:
-        """Write into an expert's folder."""
+        """Write into an expert's folder, the compact embedding in the file's header beside the full one."""
         path = folder / _file_name(self.reference)
         record = {k: v for k, v in asdict(self).items() if k != "fisher"}
         temporary = path.with_suffix(".partial")
         tensors = {k: t.float().contiguous() for k, t in self.fisher.items()}
-        safetensors.torch.save_file(tensors, temporary, metadata={"pituning": json.dumps(record)})
+        metadata = {"pituning": json.dumps(record), "compact": json.dumps(self.compact().tolist())}
+        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
         temporary.replace(path)
         return path
 
@@ -77,6 +84,26 @@ class TaskEmbedding:
             raise ExpertError(f"{path} cannot be read ({error})") from error
         known = {f.name for f in fields(cls)}
         return cls(fisher=tensors, **{k: v for k, v in record.items() if k in known})
+
+
+def load_compact(folder: Path, reference: str = "own") -> Compact:
+    """Read the compact embedding of an expert's folder, from the file's header alone where it is stored there.
+
+    Files of versions that did not store it are read as a whole.
+
+    Raises:
+        ExpertError: if the embedding is missing or broken.
+    """
+    path = folder / _file_name(reference)
+    if path.is_file():
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                stored = (file.metadata() or {}).get("compact")
+            if stored is not None:
+                return np.asarray(json.loads(stored), dtype=np.float32)
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ExpertError(f"{path} cannot be read ({error})") from error
+    return TaskEmbedding.load(folder, reference).compact()
 
 
 def embed_task(

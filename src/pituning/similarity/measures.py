@@ -1,22 +1,90 @@
-"""Similarities between tasks: a number for (target, candidate), larger = more helpful."""
+"""Similarities between tasks: a number for (target, candidate), larger = more helpful.
+
+:data:`MEASURES` holds every kind under its name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import kendalltau, rankdata
 from torch import Tensor
 
-from pituning.errors import ExpertError, RefusedError
-from pituning.experts.expert import Expert, tensor_hash
-from pituning.interpolation.build import is_lora, lora_factors
+from pituning.backbones.base import Backbone
+from pituning.errors import ExpertError, PituningError, RefusedError, unknown_name
+from pituning.example import Example
+from pituning.experts.expert import Expert, start_of, tensor_hash
+from pituning.experts.pool import ExpertPool
+from pituning.interpolation.build import common_start, is_lora, lora_factors
+from pituning.interpolation.changes import has_natural_start
 from pituning.interpolation.mixture import LowRank
+from pituning.methods.attach import attached
 from pituning.methods.bitfit import PEFT_TYPE as BITFIT
-from pituning.similarity.embedding import TaskEmbedding
+from pituning.methods.prefix import folded
+from pituning.similarity.compact import compact_similarity
+from pituning.similarity.embedding import TaskEmbedding, embed_task, pool_embedding, shared_reference
+from pituning.similarity.gradient import loss_slopes
+from pituning.tasks.task import Task
+from pituning.training.evaluation import mean_log_loss
 
 FISHER_KINDS = ("fisher", "fisher-paper", "fisher-cosine")
-KINDS = (*FISHER_KINDS, "weights", "score")
+AVERAGED = ("score", "gradient")
+"""What ``average`` averages where nothing is said: the kinds that need nothing but the target's examples."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A target task and the candidates that a measure compares it with.
+
+    Attributes:
+        candidates: the experts, none of which has seen the target's examples.
+        own: the target's own expert, where there is one.
+        reference: where the Fisher kinds embed tasks, ``"shared"`` or ``"own"``.
+        data: folder with the data of the candidates' tasks, for embeddings that are not stored yet.
+        average_of: the kinds whose ranks ``average`` averages.
+    """
+
+    backbone: Backbone
+    task: Task
+    pool: ExpertPool
+    candidates: Sequence[Expert]
+    own: Expert | None = None
+    reference: str = "shared"
+    data: str | Path | None = None
+    average_of: Sequence[str] = AVERAGED
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A kind of similarity.
+
+    Attributes:
+        needs: what it looks at besides the candidates' tensors: ``"own"`` (the target's own expert), ``"examples"`` (the
+            target's training examples), ``"embeddings"`` (of the candidates' tasks; at the ``own`` reference point also
+            the own expert).
+        similarities: a :class:`Comparison` to one number for each candidate, larger = more helpful.
+    """
+
+    name: str
+    needs: frozenset[str]
+    similarities: Callable[[Comparison], list[float]]
+
+    def __call__(self, comparison: Comparison) -> list[float]:
+        """The similarity of each candidate.
+
+        Raises:
+            PituningError: if what it needs is missing.
+        """
+        needs_own = "own" in self.needs or ("embeddings" in self.needs and comparison.reference == "own")
+        if needs_own and comparison.own is None:
+            raise PituningError(f"similarity {self.name!r} needs the target's own expert: train one and pass own=…")
+        return self.similarities(comparison)
 
 
 def fisher_similarity(target: TaskEmbedding, candidate: TaskEmbedding, kind: str = "fisher") -> float:
@@ -33,7 +101,7 @@ def fisher_similarity(target: TaskEmbedding, candidate: TaskEmbedding, kind: str
     """
     if kind not in FISHER_KINDS:
         raise RefusedError(f"kind must be one of {', '.join(FISHER_KINDS)}, not {kind!r}")
-    _require_comparable(target, candidate)
+    require_comparable(target, candidate)
     values = []
     for key, left in target.fisher.items():
         right = candidate.fisher[key]
@@ -45,6 +113,26 @@ def fisher_similarity(target: TaskEmbedding, candidate: TaskEmbedding, kind: str
             a, b = a / (a + b + epsilon), b / (a + b + epsilon)
         values.append(F.cosine_similarity(a, b, dim=0, eps=0.0))
     return float(torch.stack(values).mean()) if values else 0.0
+
+
+def compact_agreement(embeddings: Sequence[TaskEmbedding]) -> float:
+    """Kendall's τ between the rankings by ``compact_similarity`` and by ``fisher-cosine``, averaged over the targets.
+
+    Every embedding is the target once, and the others are ranked for it. 1 is the same order, 0 none in common.
+
+    Raises:
+        PituningError: for fewer than three embeddings, where nothing is ranked.
+        ExpertError: as :func:`fisher_similarity`.
+    """
+    if len(embeddings) < 3:
+        raise PituningError(f"{len(embeddings)} embeddings cannot be ranked for one another: three or more can")
+    short = [e.compact() for e in embeddings]
+    values = []
+    for i, target in enumerate(embeddings):
+        others = [j for j in range(len(embeddings)) if j != i]
+        full = [fisher_similarity(target, embeddings[j], "fisher-cosine") for j in others]
+        values.append(float(kendalltau(full, [compact_similarity(short[i], short[j]) for j in others]).statistic))
+    return sum(values) / len(values)
 
 
 def zero_tensors(embedding: TaskEmbedding) -> list[str]:
@@ -74,20 +162,54 @@ def weight_similarity(target: Expert, candidate: Expert, initial: Mapping[str, T
     missing = sorted(initial.keys() ^ candidate.tensors.keys()) or sorted(initial.keys() ^ target.tensors.keys())
     if missing:
         raise ExpertError(f"experts {target.name!r} and {candidate.name!r} differ in tensor {missing[0]}")
-    start = tensor_hash(initial)
-    for expert in (target, candidate):
-        if expert.card.init_hash != start and expert.config.get("peft_type") != BITFIT:
-            known = "is another" if expert.card.init_hash else "is not known"
-            raise RefusedError(
-                f"the initialisation from which expert {expert.name!r} was trained {known}, so what it changes cannot be "
-                "compared with similarity 'weights': use another similarity, such as 'score', or leave the expert out"
-            )
+    _require_start((target, candidate), initial, "weights")
     cosines = []
     for key, z in initial.items():
         mine = target.tensors[key]
         changes = [(t.to(mine) - z.to(mine)).flatten() for t in (mine, candidate.tensors[key])]
         cosines.append(F.cosine_similarity(changes[0], changes[1], dim=0))
     return float(torch.stack(cosines).mean())
+
+
+def score_similarity(backbone: Backbone, expert: Expert, task: Task) -> float:
+    """Minus the expert's mean log-loss on the target's training examples, in nats; the expert has never seen them."""
+    with attached(backbone, expert.config, expert.tensors):
+        return -mean_log_loss(backbone, task.split("train"))
+
+
+def gradient_similarities(backbone: Backbone, experts: Sequence[Expert], examples: Sequence[Example]) -> list[float]:
+    """−⟨∇L(φ_0), φ_k − φ_0⟩ / ‖φ_k − φ_0‖: how steeply the examples' mean loss falls from φ_0 towards each expert.
+
+    In nats per unit of length (for LoRA: of ‖ΔW‖). Ranks as the cosine with −∇L does, since all experts share ∇L. An expert
+    that changes nothing gets 0.
+
+    Raises:
+        RefusedError: if an expert did not start from φ_0, or its card does not say so; LoRA, BitFit and IA3, whose start is
+            known, need no such record.
+        DataError: as :func:`pituning.similarity.gradient.loss_slopes`.
+        ExpertError: if the loss is not finite.
+    """
+    initial = None
+    if not has_natural_start(experts[0]):
+        initial = folded(*start_of(backbone, experts[0]))[1]
+        _require_start(experts, initial, "gradient")
+    slopes = loss_slopes(backbone, experts, examples, initial)
+    if not all(map(math.isfinite, slopes)):
+        raise ExpertError("similarity 'gradient': the gradient of the loss at the experts' start is not finite")
+    lengths = [_change_length(e, initial) for e in experts]
+    return [-slope / length if length else 0.0 for slope, length in zip(slopes, lengths, strict=True)]
+
+
+def average_ranks(values: Sequence[Sequence[float]]) -> list[float]:
+    """Similarities ``[kinds, candidates]`` to one per candidate: the share of the others that it beats, averaged over kinds.
+
+    A tie counts half. 1 is the best candidate of every kind, 0 the worst of every kind.
+
+    >>> average_ranks([[0.3, 0.1, 0.2], [-5.0, -7.0, -9.0]])
+    [1.0, 0.25, 0.25]
+    """
+    beaten = sum(rankdata(row) - 1 for row in values) / len(values)
+    return [float(b) / (len(beaten) - 1) if len(beaten) > 1 else 1.0 for b in beaten]
 
 
 def delta_inner(left: LowRank, right: LowRank) -> float:
@@ -106,7 +228,32 @@ def _delta_cosine(left: LowRank, right: LowRank) -> float:
     return delta_inner(left, right) / norm if norm else 0.0
 
 
-def _require_comparable(target: TaskEmbedding, candidate: TaskEmbedding) -> None:
+def _change_length(expert: Expert, initial: Mapping[str, Tensor] | None) -> float:
+    """‖φ − φ_0‖, for LoRA that of all its ΔW together, in float64."""
+    if is_lora(expert):
+        return math.sqrt(sum(delta_inner(f, f) for f in lora_factors(expert).values()))
+    start = common_start([expert], initial)
+    return math.sqrt(sum(float((t.double() - start[k].double()).square().sum()) for k, t in expert.tensors.items()))
+
+
+def _require_start(experts: Sequence[Expert], initial: Mapping[str, Tensor], kind: str) -> None:
+    """Proof by the experts' own records that all were trained from φ_0."""
+    start = tensor_hash(initial)
+    for expert in experts:
+        if expert.card.init_hash != start and expert.config.get("peft_type") != BITFIT:
+            known = "is another" if expert.card.init_hash else "is not known"
+            raise RefusedError(
+                f"the initialisation from which expert {expert.name!r} was trained {known}, so what it changes cannot be "
+                f"compared with similarity {kind!r}: use another similarity, such as 'score', or leave the expert out"
+            )
+
+
+def require_comparable(target: TaskEmbedding, candidate: TaskEmbedding) -> None:
+    """Raise unless two embeddings are of the same tensors at the same kind of reference point.
+
+    Raises:
+        ExpertError: names both tasks, and the tensor with its shapes.
+    """
     if target.reference != candidate.reference:
         raise ExpertError(
             f"embeddings of {target.task!r} and {candidate.task!r} have different reference points "
@@ -120,3 +267,53 @@ def _require_comparable(target: TaskEmbedding, candidate: TaskEmbedding) -> None
             raise ExpertError(
                 f"embeddings of {target.task!r} and {candidate.task!r} differ in tensor {key}: {shapes[0]} and {shapes[1]}"
             )
+
+
+def _fisher(kind: str, comparison: Comparison) -> list[float]:
+    c = comparison
+    at = c.own if c.reference == "own" and c.own is not None else shared_reference(c.pool, c.candidates[0].card.method)
+    target = embed_task(c.backbone, at, c.task, reference=c.reference)
+    return [
+        fisher_similarity(target, pool_embedding(c.backbone, c.pool, e.name, c.reference, data=c.data), kind)
+        for e in c.candidates
+    ]
+
+
+def _weights(comparison: Comparison) -> list[float]:
+    own = comparison.own
+    assert own is not None
+    initial = None if is_lora(own) else folded(*start_of(comparison.backbone, own))[1]
+    return [weight_similarity(own, e, initial) for e in comparison.candidates]
+
+
+def _score(comparison: Comparison) -> list[float]:
+    return [score_similarity(comparison.backbone, e, comparison.task) for e in comparison.candidates]
+
+
+def _gradient(comparison: Comparison) -> list[float]:
+    return gradient_similarities(comparison.backbone, comparison.candidates, comparison.task.split("train"))
+
+
+def _average(comparison: Comparison) -> list[float]:
+    kinds = list(dict.fromkeys(comparison.average_of))
+    known = [kind for kind in MEASURES if kind != "average"]
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise unknown_name("similarity", unknown[0], known, "average_of names the kinds to average.")
+    if not kinds:
+        raise PituningError(f"average_of names no similarity; it may have {', '.join(known)}")
+    return average_ranks([MEASURES[kind](comparison) for kind in kinds])
+
+
+MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (
+        *(Measure(kind, frozenset({"examples", "embeddings"}), partial(_fisher, kind)) for kind in FISHER_KINDS),
+        Measure("weights", frozenset({"own"}), _weights),
+        Measure("gradient", frozenset({"examples"}), _gradient),
+        Measure("score", frozenset({"examples"}), _score),
+        Measure("average", frozenset(), _average),  # what the averaged kinds need, each says itself
+    )
+}
+"""Every kind of similarity by name."""
+
+KINDS = tuple(MEASURES)

@@ -9,15 +9,11 @@ from pathlib import Path
 from pituning.backbones.base import Backbone
 from pituning.data.overlap import Overlap, find_overlaps
 from pituning.errors import PituningError, unknown_name
-from pituning.experts.expert import Expert, start_of
+from pituning.experts.expert import Expert
 from pituning.experts.pool import ExpertPool
-from pituning.interpolation.build import is_lora
-from pituning.methods.attach import attached
-from pituning.methods.prefix import folded
-from pituning.similarity.embedding import REFERENCES, embed_task, pool_embedding, shared_reference
-from pituning.similarity.measures import FISHER_KINDS, KINDS, fisher_similarity, weight_similarity
+from pituning.similarity.embedding import REFERENCES
+from pituning.similarity.measures import AVERAGED, FISHER_KINDS, MEASURES, Comparison
 from pituning.tasks.task import Task, load_task
-from pituning.training.evaluation import mean_log_loss
 
 DEFAULT_KIND = "score"
 
@@ -62,13 +58,15 @@ def rank_experts(
     reference: str = "shared",
     data: str | Path | None = None,
     exclude: Sequence[str] = (),
+    average_of: Sequence[str] = AVERAGED,
 ) -> Ranking:
     """Rank a pool's experts for a target task.
 
     Args:
         own: the target's own expert; needed by ``weights``, and by the Fisher kinds at the ``own`` reference point.
-        kind: ``score`` (log-loss of each expert on the target's training examples), ``fisher``, ``fisher-cosine``,
-            ``fisher-paper`` (Fisher task embeddings) or ``weights`` (data-free).
+        kind: ``score`` (log-loss of each expert on the target's training examples), ``gradient`` (how steeply that loss
+            falls from the common start towards each expert), ``fisher``, ``fisher-cosine``, ``fisher-paper`` (Fisher task
+            embeddings), ``weights`` (data-free) or ``average`` (of the ranks by the kinds in ``average_of``).
         reference: for the Fisher kinds, where the tasks are embedded: all at one ``shared`` expert, or each at its
             ``own`` (the paper).
         data: folder with the data of the pool's tasks, for embeddings that are not stored yet.
@@ -78,10 +76,10 @@ def rank_experts(
         UnknownNameError: for another kind.
         PituningError: if the kind needs an own expert and there is none, or the pool is empty.
         BackboneMismatchError: if an expert belongs to another backbone.
-        RefusedError: for ``weights``, if an expert did not start where the own one did.
+        RefusedError: for ``weights`` and ``gradient``, if an expert did not start where the others did.
     """
-    if kind not in KINDS:
-        raise unknown_name("similarity", kind, KINDS)
+    if kind not in MEASURES:
+        raise unknown_name("similarity", kind, MEASURES)
     if reference not in REFERENCES:
         raise unknown_name("reference point", reference, REFERENCES)
     method = own.card.method if own is not None else None
@@ -94,31 +92,13 @@ def rank_experts(
         raise PituningError(
             f"pool {pool.folder} holds no expert for another task that could be ranked for {task.name!r}"
         )
-    needs_own = kind == "weights" or (kind in FISHER_KINDS and reference == "own")
-    if needs_own and own is None:
-        raise PituningError(f"similarity {kind!r} needs the target's own expert: train one and pass own=…")
-    if kind == "score":
-        values = [score_similarity(backbone, e, task) for e in experts]
-    elif kind == "weights":
-        assert own is not None
-        initial = None if is_lora(own) else folded(*start_of(backbone, own))[1]
-        values = [weight_similarity(own, e, initial) for e in experts]
-    else:
-        at = own if reference == "own" and own is not None else shared_reference(pool, experts[0].card.method)
-        target = embed_task(backbone, at, task, reference=reference)
-        values = [
-            fisher_similarity(target, pool_embedding(backbone, pool, e.name, reference, data=data), kind)
-            for e in experts
-        ]
+    comparison = Comparison(backbone, task, pool, experts, own, reference, data, average_of)
+    values = MEASURES[kind](comparison)
     order = sorted(range(len(experts)), key=lambda i: (-values[i], experts[i].name))
     label = f"{kind} ({reference})" if kind in FISHER_KINDS else kind
+    if kind == "average":
+        label = f"average of {', '.join(dict.fromkeys(average_of))}"
     return Ranking(task.name, label, tuple(experts[i] for i in order), tuple(values[i] for i in order))
-
-
-def score_similarity(backbone: Backbone, expert: Expert, task: Task) -> float:
-    """Minus the expert's mean log-loss on the target's training examples, in nats; the expert has never seen them."""
-    with attached(backbone, expert.config, expert.tensors):
-        return -mean_log_loss(backbone, task.split("train"))
 
 
 def audit_pool(pool: ExpertPool, task: Task, data: str | Path | None = None) -> dict[str, list[Overlap] | str]:
