@@ -63,8 +63,8 @@ def verify(
     """
     with output.status(f"verifying {expert}"):
         from pituning.experts import ExpertPool
-        from pituning.experts.verify import as_document
-        from pituning.experts.verify import verify as prove
+        from pituning.interpolation.verify import as_document
+        from pituning.interpolation.verify import verify as prove
 
         experts = ExpertPool(pool.pool)
         known = expert in experts.names()

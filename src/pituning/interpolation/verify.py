@@ -19,6 +19,8 @@ from pituning.experts.expert import Expert
 from pituning.experts.export import PROBES
 from pituning.experts.health import broken, without_effect
 from pituning.experts.pool import ExpertPool
+from pituning.interpolation.build import is_lora, lora_factors, without_product_form
+from pituning.interpolation.operators import repeat_merge
 from pituning.methods.attach import attached
 from pituning.problems import listed, tensor_problems
 
@@ -122,8 +124,6 @@ def _repeated(expert: Expert, pool: ExpertPool | None, backbone: Backbone | None
         return Check(name, None, f"trained, so it cannot be computed again from {', '.join(parents)}")
     if pool is None:
         return Check(name, None, f"no pool given that holds {', '.join(parents)}")
-    from pituning.interpolation.operators import repeat_merge
-
     try:
         again = repeat_merge(expert, [pool.load(n) for n in parents], backbone)
     except PituningError as error:
@@ -140,7 +140,6 @@ def _repeated(expert: Expert, pool: ExpertPool | None, backbone: Backbone | None
 
 def effect_difference(left: Expert, right: Expert) -> float:
     """Largest relative difference over the modules: of ΔW for LoRA, of the tensors for other methods."""
-    from pituning.interpolation.build import is_lora, lora_factors, without_product_form
 
     def dense(expert: Expert) -> dict[str, Tensor]:
         if not is_lora(expert) or without_product_form(expert):

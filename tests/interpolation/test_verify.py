@@ -17,8 +17,8 @@ from pituning.experts import Expert, ExpertPool
 from pituning.experts.expert import file_hash
 from pituning.experts.export import export_merged
 from pituning.experts.sharing import pull, push
-from pituning.experts.verify import Check, verify
 from pituning.interpolation.operators import merge
+from pituning.interpolation.verify import Check, verify
 from pituning.methods import initial_tensors
 
 
