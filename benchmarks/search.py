@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 
 from pituning.experts import ExpertCard, ExpertPool
 from pituning.experts.expert import CARD_FILE, CONFIG_FILE, SCHEMA, TENSOR_FILE, file_hash
-from pituning.experts.index import INDEX_FILE, PoolIndex, open_index
-from pituning.experts.search import MetricBound, Wanted, compact_similarities, search_pool
 from pituning.similarity import TaskEmbedding
+from pituning.similarity.index import INDEX_FILE, PoolIndex, open_index
+from pituning.similarity.search import MetricBound, Wanted, compact_similarities, search_pool
 
 METHODS, LICENCES = ("lora", "lora", "lora", "bottleneck"), ("apache-2.0", "mit", "cc-by-nc-4.0", "")
 WANTED = Wanted("all-MiniLM-L6-v2", "lora", "apache-2.0", (MetricBound.parse("accuracy>=0.7"),))

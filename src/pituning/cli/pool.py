@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pituning.data.overlap import Overlap
     from pituning.experts import ExpertCard
-    from pituning.experts.search import Hit
+    from pituning.similarity.search import Hit
 
 pool_app = typer.Typer(no_args_is_help=True)
 
@@ -189,8 +189,8 @@ def search(
     Example: pituning pool search --like sst2 --method lora --metric 'accuracy>=0.8' --pool experts
     """
     with output.status(f"reading the index of {pool.pool}"):
-        from pituning.experts.index import open_index
-        from pituning.experts.search import MetricBound, Wanted, search_pool
+        from pituning.similarity.index import open_index
+        from pituning.similarity.search import MetricBound, Wanted, search_pool
 
         wanted = Wanted(backbone, method, licence, tuple(MetricBound.parse(bound) for bound in metric or ()))
         index = open_index(pool.open())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, PituningError, UnknownNameError, unknown_name
 from pituning.experts.expert import ExpertCard
-from pituning.experts.index import EMBEDDING_FILES, Entry, PoolIndex
+from pituning.similarity.index import EMBEDDING_FILES, Entry, PoolIndex
 
 RERANKED = 100
 _BOUND = re.compile(

@@ -16,10 +16,10 @@ from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, PituningError, UnknownNameError
 from pituning.experts import Expert, ExpertPool
 from pituning.experts import index as index_module
-from pituning.experts.index import INDEX_FILE, open_index
-from pituning.experts.search import MetricBound, Wanted, compact_similarities, search_pool
 from pituning.similarity import TaskEmbedding
 from pituning.similarity.compact import compact_similarity
+from pituning.similarity.index import INDEX_FILE, open_index
+from pituning.similarity.search import MetricBound, Wanted, compact_similarities, search_pool
 from tests.similarity.test_graph import make_infinite
 from tests.similarity.test_measures import by_hand, embedding
 
