@@ -15,8 +15,8 @@ from torch import Tensor
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, PituningError, UnknownNameError
 from pituning.experts import Expert, ExpertPool
-from pituning.experts import index as index_module
 from pituning.similarity import TaskEmbedding
+from pituning.similarity import index as index_module
 from pituning.similarity.compact import compact_similarity
 from pituning.similarity.index import INDEX_FILE, open_index
 from pituning.similarity.search import MetricBound, Wanted, compact_similarities, search_pool
