@@ -75,14 +75,14 @@ def build_model(texts: Sequence[str]) -> tuple[OFAForConditionalGeneration, OFAP
     return OFAForConditionalGeneration(OFAConfig(vocab_size=len(symbols), **SIZES)), processor
 
 
-def pretrain(data: Path, folder: Path, steps: int) -> None:
+def pretrain(data: Path, folder: Path, steps: int, names: Sequence[str]) -> None:
     """Train all parameters on the pretraining rows of every task, and write a folder that ``load_backbone`` reads.
 
     It begins with sentences that say no more than that there is a thing of some kind: of longer ones alone, a model that
     cannot see yet learns nothing in this time.
     """
-    first = {name: load_task(name, data=data / "pretrain-first") for name in FIRST}
-    tasks = {name: load_task(name, data=data / "pretrain") for name in TASKS}
+    first = {name: load_task(name, data=data / "pretrain-first") for name in FIRST if name in names}
+    tasks = {name: load_task(name, data=data / "pretrain") for name in names}
     model, processor = build_model(
         [t for task in tasks.values() for e in task.split("train") for t in (e.prompt, f" {e.target}")]
     )
@@ -99,21 +99,22 @@ def pretrain(data: Path, folder: Path, steps: int) -> None:
     )
     simple = {f"{name}, first": _shuffled(task) for name, task in first.items()}
     full = {name: _shuffled(task) for name, task in tasks.items()}
-    later = {**{f"{name}, first": share for name, share in LATER.items()}, **SHARES}
+    begin = _shares({f"{name}, first": FIRST[name] for name in first})
+    later = _shares({**{f"{name}, first": LATER[name] for name in first}, **{name: SHARES[name] for name in names}})
     seen: dict[str, list[float]] = defaultdict(list)
     start = time.perf_counter()
     stem = model.get_encoder().embed_images
     with torch.no_grad():
         # statistics over all kinds of pictures: later batches hold one kind each, and must not move them
         for _ in range(40):
-            examples = [next(stream) for stream in full.values() for _ in range(8)]
+            examples = [next(stream) for stream in full.values() for _ in range(32 // len(full))]
             stem.train()(backbone.collate(examples)["patch_images"])
         _places_as_large_as_contents(model, backbone.collate(examples)["patch_images"])
     for step in range(1, steps + 1):
         model.train()
         stem.eval()
         optimizer.zero_grad()
-        shares = {f"{name}, first": share for name, share in FIRST.items()} if step <= FIRST_STEPS else later
+        shares = begin if begin and step <= FIRST_STEPS else later
         for name, share in shares.items():  # one task at a time: texts of similar length need less padding
             examples = [next((simple | full)[name]) for _ in range(share)]
             losses = backbone.loss(backbone.collate(examples))
@@ -129,6 +130,12 @@ def pretrain(data: Path, folder: Path, steps: int) -> None:
     model.eval().save_pretrained(folder.with_suffix(".partial"))
     processor.save_pretrained(folder.with_suffix(".partial"))
     folder.with_suffix(".partial").rename(folder)
+
+
+def _shares(shares: dict[str, int]) -> dict[str, int]:
+    """Examples of a step by stream, at least 48 in all."""
+    factor = max(1.0, 48 / max(1, sum(shares.values())))
+    return {name: round(factor * share) for name, share in shares.items()}
 
 
 @torch.no_grad()
@@ -216,10 +223,10 @@ def interval(value: float, count: int) -> float:
     return 1.96 * math.sqrt(value * (1 - value) / count)
 
 
-def measure(data: Path, work: Path) -> list[dict[str, Any]]:
+def measure(data: Path, work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     where = ["--backbone", work / "tiny-ofa", "--pool", work / "experts", "--data", data]
-    for name in TASKS:
+    for name in names:
         start = time.perf_counter()
         logs = work / "logs" / name
         trained = pituning("train", name, *where, *SETTINGS, "--epochs", EPOCHS[name], "--log-dir", logs)
@@ -255,13 +262,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="what scripts/build_paper_formats.py has written")
     parser.add_argument("--work", type=Path, required=True, help="for the model, the experts and the logs")
     parser.add_argument("--steps", type=int, default=5000, help="of pretraining (default 5000)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what the model is trained for")
     parser.add_argument("--threads", type=int, default=2, help="of every process (default 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     if not (arguments.work / "tiny-ofa").is_dir():
-        pretrain(arguments.data, arguments.work / "tiny-ofa", arguments.steps)
-    rows = measure(arguments.data / "target", arguments.work)
+        pretrain(arguments.data, arguments.work / "tiny-ofa", arguments.steps, arguments.tasks)
+    rows = measure(arguments.data / "target", arguments.work, arguments.tasks)
     (arguments.work / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     heads = "".join(f"{head:>7}" for head in ("chance", "blind", "bare", "expert"))
     print(f"\n{'task':<17}{'split':<7}{'n':>5} {'metric':<13}{heads}{'±':>6}  beyond it?")

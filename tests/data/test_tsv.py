@@ -222,6 +222,7 @@ class TestIndex:
             ("another-host-12-00000000", 7200, False),
             ("odd", 7200, False),
         ],
+        ids=["our number", "a live one", "a dead one", "elsewhere, new", "elsewhere, old", "odd"],
     )
     def test_only_what_is_abandoned_is_taken_away(self, tmp_path: Path, mark: str, seconds: int, stays: bool) -> None:
         path = write(tmp_path / "a[1].tsv", "a\tb\n")
