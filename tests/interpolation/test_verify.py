@@ -103,6 +103,17 @@ class TestVerify:
         assert check.ok is False
         assert "made again, differs by" in check.found
 
+    def test_a_bias_that_was_changed(self, bert: Backbone, random_expert: Any, tmp_path: Path) -> None:
+        """What ``lora_bias`` adds is part of a merge."""
+        pool = ExpertPool(tmp_path)
+        experts = [random_expert(bert, "lora", k, lora_bias=True) for k in range(2)]
+        for expert in experts:
+            pool.add(expert)
+        folder = pool.add(merge(experts, "uniform_soup").expert, "merged")
+        assert verify(folder, bert, pool)[-1].ok is True
+        key = next(k for k in Expert.load(folder).tensors if k.endswith("lora_B.bias"))
+        assert verify(tampered(folder, key, lambda t: 1.01 * t), bert, pool)[-1].ok is False
+
     def test_a_parent_that_is_gone(self, bert: Backbone, random_experts: Any, tmp_path: Path) -> None:
         pool = ExpertPool(tmp_path)
         experts = random_experts(bert, "lora", 2, 5)

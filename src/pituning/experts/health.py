@@ -19,17 +19,7 @@ _GATES = {
 
 def without_effect(expert: Expert) -> list[str]:
     """Names of the modules in which an expert does nothing, such as those with a LoRA B that is all zero."""
-    kind = str(expert.config.get("peft_type"))
-    if kind not in _GATES or expert.config.get("use_dora"):
-        return []
-    endings, neutral = _GATES[kind]
-    alive: dict[str, bool] = {}
-    for key, tensor in expert.tensors.items():
-        ending = next((e for e in endings if key.endswith(e)), None)
-        if ending is not None:
-            module = key.removesuffix(ending).rstrip(".")
-            alive[module] = alive.get(module, False) or bool((tensor != neutral).any())
-    return [module for module, does in alive.items() if not does]
+    return [module for module, does in _effects(expert).items() if not does]
 
 
 def broken(expert: Expert) -> list[str]:
@@ -46,11 +36,10 @@ def broken(expert: Expert) -> list[str]:
         problems.append("it holds no tensors")
     if expert.card.init_hash and expert.card.init_hash == tensor_hash(expert.tensors):
         problems.append("its tensors are those of the common start: it was never trained")
-    idle, touched = without_effect(expert), _modules(expert)
-    if touched and set(idle) >= touched:
-        problems.append(
-            f"it has no effect: all of its {len(touched)} modules are as before training, {idle[0]} for one"
-        )
+    effects = _effects(expert)
+    if effects and not any(effects.values()):
+        one = next(iter(effects))
+        problems.append(f"it has no effect: all of its {len(effects)} modules are as before training, {one} for one")
     return problems
 
 
@@ -64,7 +53,16 @@ def require_sound(expert: Expert) -> None:
         raise ExpertError(f"expert {expert.name!r} is broken:{listed(problems)}")
 
 
-def _modules(expert: Expert) -> set[str]:
-    endings, _ = _GATES.get(str(expert.config.get("peft_type")), ((), 0.0))
-    found = ((key, next((e for e in endings if key.endswith(e)), None)) for key in expert.tensors)
-    return {key.removesuffix(ending).rstrip(".") for key, ending in found if ending is not None}
+def _effects(expert: Expert) -> dict[str, bool]:
+    """Whether an expert does anything in each of its modules; empty for methods of which the tensors do not tell."""
+    kind = str(expert.config.get("peft_type"))
+    if kind not in _GATES or expert.config.get("use_dora"):
+        return {}
+    endings, neutral = _GATES[kind]
+    found: dict[str, bool] = {}
+    for key, tensor in expert.tensors.items():
+        ending = next((e for e in endings if key.endswith(e)), None)
+        if ending is not None:
+            module = key.removesuffix(ending).rstrip(".")
+            found[module] = found.get(module, False) or bool((tensor != neutral).any())
+    return found

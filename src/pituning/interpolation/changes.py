@@ -201,13 +201,12 @@ def _modules(factors: Iterable[Mapping[str, LowRank]]) -> list[str]:
 
 def _start(experts: Sequence[Expert], initial: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """φ_0 in float64: the method's natural one, or the given one, proven to be that of every expert."""
-    if not has_natural_start(experts[0]):
-        _require_start(experts, initial)
-    start = common_start(experts, initial)
+    natural = has_natural_start(experts[0])
+    start = common_start(experts, None) if natural else _given_start(experts, initial)
     return {key: start[key].double() for key in experts[0].tensors}
 
 
-def _require_start(experts: Sequence[Expert], initial: Mapping[str, Tensor] | None) -> None:
+def _given_start(experts: Sequence[Expert], initial: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
     if initial is None:
         raise RefusedError(
             f"{names(experts)} are of method {experts[0].card.method!r}, which does not start at zero, so what they change is "
@@ -218,13 +217,15 @@ def _require_start(experts: Sequence[Expert], initial: Mapping[str, Tensor] | No
         none = "no such tensor"
         rows = (f"{k}: expected {expected.get(k, none)}, found {found.get(k, none)}" for k in wrong)
         raise RefusedError(f"initial is not the start of {names(experts)}:{listed(rows)}")
+    given = tensor_hash(initial)
     for expert in experts:
-        if expert.card.init_hash != (given := tensor_hash(initial)):
+        if expert.card.init_hash != given:
             raise RefusedError(
                 f"expert {expert.name!r} was trained from {expert.card.init_hash or 'an unknown start'}, not from the given "
                 f"{given}, so what it changed is unknown: leave it out, or use an operator without initial, such as "
                 "uniform_soup"
             )
+    return initial
 
 
 def _require_rank(experts: Sequence[Expert], rank: int | None) -> None:

@@ -139,12 +139,15 @@ def _repeated(expert: Expert, pool: ExpertPool | None, backbone: Backbone | None
 
 
 def effect_difference(left: Expert, right: Expert) -> float:
-    """Largest relative difference over the modules: of ΔW for LoRA, of the tensors for other methods."""
+    """Largest relative difference over the modules: of ΔW and LoRA biases, of the tensors for other methods."""
 
     def dense(expert: Expert) -> dict[str, Tensor]:
         if not is_lora(expert) or without_product_form(expert):
             return {k: t.double() for k, t in expert.tensors.items()}
-        return {m: f.scaling * (f.b.double() @ f.a.double()) for m, f in lora_factors(expert).items()}
+        factors = lora_factors(expert)
+        deltas = {m: f.scaling * (f.b.double() @ f.a.double()) for m, f in factors.items()}
+        biases = {f"{m} bias": f.scaling * f.bias.double() for m, f in factors.items() if f.bias is not None}
+        return {**deltas, **biases}
 
     one, two = dense(left), dense(right)
     if one.keys() != two.keys() or any(one[k].shape != two[k].shape for k in one):

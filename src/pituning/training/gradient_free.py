@@ -7,8 +7,7 @@ al., COLM 2024) learns the weights of LoRA experts gradient-free in this way, wi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -86,11 +85,6 @@ def minimise(
             after(generation)
     finally:
         np.random.set_state(before)
-
-
-def batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Successive parts of at most ``size``."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 @torch.no_grad()

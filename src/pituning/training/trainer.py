@@ -23,7 +23,6 @@ from pituning.example import Example
 from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import check_tensors
 from pituning.training.gradient_free import SIGMA, minimise
-from pituning.training.gradient_free import batches as split_up
 from pituning.training.module import MixtureModel, running
 
 OPTIMIZERS = ("adamw", "cma")
@@ -169,8 +168,10 @@ def _fit_gradient_free(
     with running(backbone, mixture, config) as model:
         model.eval()
         collate = _Collator(backbone, settings)
-        batches = [collate(part) for part in split_up(examples, settings.batch_size)]
-        found, best = Fit({}, {}, {}, settings.steps or 0, 0, {}), mixture.alpha.detach().clone()
+        starts = range(0, len(examples), settings.batch_size)
+        batches = [collate(examples[start : start + settings.batch_size]) for start in starts]
+        generations = settings.steps or math.ceil(settings.epochs)
+        found, best = Fit(steps=generations), mixture.alpha.detach().clone()
 
         def objective() -> float:
             total = 0.0
@@ -183,7 +184,7 @@ def _fit_gradient_free(
         def after(step: int) -> None:
             nonlocal found, best
             found.weights[step] = mixture.weights().detach().cpu().tolist()
-            last = step == settings.steps
+            last = step == generations
             if not held_out or (step and not last and step % (settings.eval_every or 1)):
                 return
             found.held_out_log_p[step] = log_probabilities(backbone, held_out, model)
@@ -194,7 +195,7 @@ def _fit_gradient_free(
         minimise(
             mixture,
             objective,
-            generations=settings.steps or math.ceil(settings.epochs),
+            generations=generations,
             sigma=settings.alpha_learning_rate or SIGMA,
             seed=settings.seed,
             after=after,
