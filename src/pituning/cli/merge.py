@@ -232,13 +232,12 @@ def _scorer(model: ModelOptions, task: Task, split: str, experts: Sequence[Exper
 
 def _initial(model: ModelOptions, experts: Sequence[Expert]) -> dict[str, Any]:
     """The common start of the experts, which only the backbone can give."""
-    from pituning.experts.expert import start_of
-    from pituning.methods import folded
+    from pituning.experts.expert import initial_of
 
     backbone = model.load()
     for expert in experts:
         expert.require_backbone(backbone)
-    return {key: tensor.cpu() for key, tensor in folded(*start_of(backbone, experts[0]))[1].items()}
+    return {key: tensor.cpu() for key, tensor in initial_of(backbone, experts[0]).items()}
 
 
 def _members(experts: Sequence[Expert], found: Merged) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from pituning.backbones.base import Backbone
 from pituning.errors import BackboneMismatchError, ExpertError
 from pituning.methods.attach import attached, check_tensors, initial_tensors
+from pituning.methods.prefix import folded
 from pituning.methods.tuner import OWN_TYPES
 from pituning.version import __version__
 
@@ -208,10 +209,15 @@ def start_of(backbone: Backbone, expert: Expert) -> tuple[dict[str, Any], dict[s
     """Configuration and common initialisation from which an expert was trained, as far as its card tells.
 
     A prefix that was trained with a projection started from that network;
-    :func:`pituning.methods.folded` of the result is the start in the expert's own coordinates.
+    :func:`initial_of` is the start in the expert's own coordinates.
     """
     config = {**expert.config, **expert.card.training.get("projection", {})}
     return config, initial_tensors(backbone, config)
+
+
+def initial_of(backbone: Backbone, expert: Expert) -> dict[str, Tensor]:
+    """φ_0: the common start of an expert, in the expert's own coordinates."""
+    return folded(*start_of(backbone, expert))[1]
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pituning.errors import RefusedError, unknown_name
-from pituning.experts.expert import Expert, ExpertCard, start_of, tensor_hash
+from pituning.experts.expert import Expert, ExpertCard, initial_of, tensor_hash
 from pituning.interpolation.build import is_lora, require_compatible
 from pituning.interpolation.changes import (
     Built,
@@ -32,7 +32,6 @@ from pituning.interpolation.changes import (
     parameter_space,
 )
 from pituning.interpolation.mixture import LowRank
-from pituning.methods.prefix import folded
 
 if TYPE_CHECKING:
     from pituning.backbones.base import Backbone
@@ -101,7 +100,7 @@ def repeat_merge(merged: Expert, parents: Sequence[Expert], backbone: Backbone |
     if needs_initial(operator, parents[0]):
         if backbone is None:
             return None
-        settings["initial"] = folded(*start_of(backbone, parents[0]))[1]
+        settings["initial"] = initial_of(backbone, parents[0])
     return merge(parents, operator, **settings).expert
 
 

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, RefusedError, unknown_name
-from pituning.experts.expert import Expert, ExpertCard, read_card, start_of
+from pituning.experts.expert import Expert, ExpertCard, initial_of, read_card
 from pituning.experts.pool import ExpertPool
 from pituning.interpolation.build import is_lora
 from pituning.methods.bitfit import PEFT_TYPE as BITFIT
-from pituning.methods.prefix import folded
 from pituning.problems import listed
 from pituning.similarity.embedding import REFERENCES, TaskEmbedding
 from pituning.similarity.measures import (
@@ -235,7 +234,7 @@ def _initial(expert: Expert, backbone: Backbone | None) -> Mapping[str, Tensor] 
             f"backbone {expert.card.backbone!r} gives: name it with --backbone, or use a Fisher kind"
         )
     expert.require_backbone(backbone)
-    return folded(*start_of(backbone, expert))[1]
+    return initial_of(backbone, expert)
 
 
 def _weight_graph(experts: Mapping[str, Expert], initial: Mapping[str, Tensor] | None) -> TaskGraph:

@@ -19,14 +19,13 @@ from torch import Tensor
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, PituningError, RefusedError, unknown_name
 from pituning.example import Example
-from pituning.experts.expert import Expert, start_of, tensor_hash
+from pituning.experts.expert import Expert, initial_of, tensor_hash
 from pituning.experts.pool import ExpertPool
 from pituning.interpolation.build import common_start, is_lora, lora_factors
 from pituning.interpolation.changes import has_natural_start
 from pituning.interpolation.mixture import LowRank
 from pituning.methods.attach import attached
 from pituning.methods.bitfit import PEFT_TYPE as BITFIT
-from pituning.methods.prefix import folded
 from pituning.similarity.compact import compact_similarity
 from pituning.similarity.embedding import TaskEmbedding, embed_task, pool_embedding, shared_reference
 from pituning.similarity.gradient import loss_slopes
@@ -191,7 +190,7 @@ def gradient_similarities(backbone: Backbone, experts: Sequence[Expert], example
     """
     initial = None
     if not has_natural_start(experts[0]):
-        initial = folded(*start_of(backbone, experts[0]))[1]
+        initial = initial_of(backbone, experts[0])
         _require_start(experts, initial, "gradient")
     slopes = loss_slopes(backbone, experts, examples, initial)
     if not all(map(math.isfinite, slopes)):
@@ -282,7 +281,7 @@ def _fisher(kind: str, comparison: Comparison) -> list[float]:
 def _weights(comparison: Comparison) -> list[float]:
     own = comparison.own
     assert own is not None
-    initial = None if is_lora(own) else folded(*start_of(comparison.backbone, own))[1]
+    initial = None if is_lora(own) else initial_of(comparison.backbone, own)
     return [weight_similarity(own, e, initial) for e in comparison.candidates]
 
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from pituning.backbones.base import Backbone
 from pituning.data.fewshot import stratified_folds
 from pituning.errors import PituningError, unknown_name
-from pituning.experts.expert import Expert, start_of
+from pituning.experts.expert import Expert, initial_of
 from pituning.interpolation.build import build_mixture, is_lora
-from pituning.methods.prefix import folded
 from pituning.similarity.measures import weight_similarity
 from pituning.similarity.select import Ranking
 from pituning.tasks.task import Task
@@ -319,7 +318,7 @@ def _redundancy(experts: Sequence[Expert], backbone: Backbone | None) -> Callabl
                 f"selection 'diverse' compares what experts change, and for {experts[0].card.method!r} experts their common "
                 "start comes from the backbone: pass backbone=…"
             )
-        initial = folded(*start_of(backbone, experts[0]))[1]
+        initial = initial_of(backbone, experts[0])
     return cache(lambda i, j: weight_similarity(experts[i], experts[j], initial))
 
 

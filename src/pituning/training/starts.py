@@ -10,11 +10,10 @@ from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError, RefusedError
-from pituning.experts.expert import Expert, start_of
+from pituning.experts.expert import Expert, initial_of
 from pituning.interpolation.build import Granularity, build_mixture, is_lora
 from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import attached, config_dict, initial_tensors
-from pituning.methods.prefix import folded
 from pituning.methods.presets import make_config
 from pituning.tasks.task import Task
 from pituning.training.crossfit import Start
@@ -40,7 +39,7 @@ def blend_start(
     if is_lora(experts[0]):
         initial = _delta_factors(backbone, experts) if train == "shared" else None
     elif coefficients != "softmax":
-        initial = folded(*start_of(backbone, experts[0]))[1]
+        initial = initial_of(backbone, experts[0])
 
     def begin(fold: int | None) -> tuple[Mixture, Mapping[str, Any]]:
         return build_mixture(
