@@ -4,7 +4,8 @@
 
 For every target, every draw of 16 shots per class and every expert of another task: the target's test accuracy after the
 expert was fine-tuned on the shots, minus that of the own expert after as many steps from the common start. One rate for each
-of the two, fixed beforehand; no choice is made on test figures. Experts are trained on the full data of their tasks. Every
+of the two, fixed beforehand; no choice is made on test figures. Experts are trained on 1,000 rows of
+their tasks. Every
 figure is kept in the work folder as soon as it is there; a run that is begun again goes on.
 
 The truth is a mean over draws, and has noise: the *ceiling* is the rank correlation between the gains of two halves of the
@@ -40,13 +41,12 @@ from pituning.training.train_expert import start_from
 from pituning.training.trainer import TrainSettings, fit
 
 TASKS = (
-    "sst2", "cr", "movie_reviews", "tweet_sentiment", "tweet_emotion", "rte", "qnli", "mrpc", "sick_para", "trec6", "agnews",
-    "subj", "cola",
+    "sst2", "cr", "agnews", "tweet_sentiment", "tweet_emotion", "mrpc", "sick_para", "trec6", "subj", "cola",
 )  # fmt: skip
 KINDS = [("score", "shared"), ("gradient", "shared"), ("weights", "shared")]
 KINDS += [(kind, reference) for reference in ("shared", "own") for kind in ("fisher", "fisher-paper", "fisher-cosine")]
-STEPS, OWN_RATE, WARM_RATE = 30, 1e-3, 3e-4
-SOURCE_ROWS = 2000
+STEPS, BATCH, OWN_RATE, WARM_RATE = 30, 8, 1e-3, 3e-4
+SOURCE_ROWS = 1000
 Gains = Mapping[str, Mapping[str, Sequence[float]]]
 """target → source → gain of each draw, in points."""
 
@@ -98,7 +98,9 @@ def measure(
         json.loads(file.read_text()) if file.is_file() else {"target": target, "draw": draw, "gains": {}}
     )
     task = pt.load_task(target, data=data).few_shot(16, draw)
-    own_run = TrainSettings(learning_rate=OWN_RATE, steps=STEPS, schedule="constant_with_warmup", seed=draw)
+    own_run = TrainSettings(
+        learning_rate=OWN_RATE, steps=STEPS, batch_size=BATCH, schedule="constant_with_warmup", seed=draw
+    )
     if "own" not in found or len(found["gains"]) < len(pool) - 1:
         with precision(backbone, "auto"):
             own = pt.train_expert(backbone, task, settings=own_run)
@@ -268,7 +270,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="for experts and figures")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--limit", type=int, default=500, help="test examples of each task (default 500)")
+    parser.add_argument("--limit", type=int, default=300, help="test examples of each task (default 300)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--report-only", action="store_true", help="from what is kept, without running anything")
     arguments = parser.parse_args()

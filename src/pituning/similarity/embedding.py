@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -20,12 +23,13 @@ from pituning.experts.pool import ExpertPool
 from pituning.interpolation.build import build_mixture
 from pituning.interpolation.collapse import collapse
 from pituning.similarity.compact import Compact, compact_fisher
-from pituning.similarity.fisher import fisher_diagonal
+from pituning.similarity.settling import PARTIAL_FILE, Ranking, settled_fisher
 from pituning.tasks.task import Task, load_task, task_names
 
 REFERENCES = ("own", "shared")
 MAX_EXAMPLES = 256
 _REFERENCE_FOLDER = ".reference"
+_COMPACT_KEY = "compact signs"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class TaskEmbedding:
         reference_hash: hash of the reference point's tensors; shared embeddings compare only if it is equal.
         mean_loss: −log p(target) at the reference point, in nats per example.
         split_half: cosine between the estimates from either half of the examples, averaged over tensors.
+        settled: whether the ranking that it is for had come to rest before the examples ran out; None where there was none.
     """
 
     fisher: Mapping[str, Tensor]
@@ -50,9 +55,10 @@ class TaskEmbedding:
     reference_hash: str
     mean_loss: float
     split_half: float
+    settled: bool | None = None
 
     def compact(self) -> Compact:
-        """The embedding as at most 256 numbers, float32, of unit length; see :func:`compact_fisher`."""
+        """The embedding in 1 KB, uint8 ``[1024]``; see :func:`compact_fisher`."""
         return compact_fisher(self.fisher)
 
     def save(self, folder: Path) -> Path:
@@ -61,7 +67,7 @@ class TaskEmbedding:
         record = {k: v for k, v in asdict(self).items() if k != "fisher"}
         temporary = path.with_suffix(".partial")
         tensors = {k: t.float().contiguous() for k, t in self.fisher.items()}
-        metadata = {"pituning": json.dumps(record), "compact": json.dumps(self.compact().tolist())}
+        metadata = {"pituning": json.dumps(record), _COMPACT_KEY: self.compact().tobytes().hex()}
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
         temporary.replace(path)
         return path
@@ -98,12 +104,62 @@ def load_compact(folder: Path, reference: str = "own") -> Compact:
     if path.is_file():
         try:
             with safetensors.safe_open(path, "pt") as file:
-                stored = (file.metadata() or {}).get("compact")
+                stored = (file.metadata() or {}).get(_COMPACT_KEY)
             if stored is not None:
-                return np.asarray(json.loads(stored), dtype=np.float32)
+                return np.frombuffer(bytes.fromhex(stored), np.uint8)
         except (safetensors.SafetensorError, ValueError) as error:
             raise ExpertError(f"{path} cannot be read ({error})") from error
     return TaskEmbedding.load(folder, reference).compact()
+
+
+@dataclass(frozen=True)
+class FlatFisher:
+    """All tensors of an embedding in one array, for many comparisons: a few operations each, and not a few per tensor.
+
+    Attributes:
+        values: float64, tensor after tensor in the order of their keys.
+        shapes: the tensors' shapes by key, in that order.
+        starts: place in ``values`` where each tensor begins.
+    """
+
+    values: npt.NDArray[np.float64]
+    shapes: Mapping[str, tuple[int, ...]]
+    starts: npt.NDArray[np.intp]
+
+    @classmethod
+    def load(cls, folder: Path, reference: str = "own") -> FlatFisher:
+        """Read the tensors alone of an embedding from an expert's folder.
+
+        Raises:
+            ExpertError: if it is missing or broken.
+        """
+        path = folder / _file_name(reference)
+        try:
+            tensors = safetensors.numpy.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ExpertError(f"{path} cannot be read ({error})") from error
+        parts = [tensors[key] for key in sorted(tensors)]
+        if not all(part.size for part in parts) or not parts:
+            raise ExpertError(f"{path} holds no tensor, or an empty one; embed the expert again")
+        starts = np.cumsum([0, *(part.size for part in parts[:-1])])
+        values = np.concatenate([part.ravel() for part in parts]).astype(np.float64)
+        return cls(values, {key: tensors[key].shape for key in sorted(tensors)}, starts)
+
+    def cosine(self, other: FlatFisher) -> float:
+        """``fisher-cosine``: the cosine of each tensor, averaged over those that are zero on neither side.
+
+        Raises:
+            ExpertError: if they are of different tensors, or the cosine is not finite.
+        """
+        if self.shapes != other.shapes:
+            raise ExpertError(f"embeddings of tensors {dict(self.shapes)} and {dict(other.shapes)} cannot be compared")
+        products = ((self.values, other.values), (self.values, self.values), (other.values, other.values))
+        inner, left, right = (np.add.reduceat(a * b, self.starts) for a, b in products)
+        both = (left != 0) & (right != 0)
+        value = float((inner[both] / np.sqrt(left[both] * right[both])).mean()) if both.any() else 0.0
+        if not np.isfinite(value):
+            raise ExpertError("an embedding holds values that are NaN or infinite; embed the expert again")
+        return value
 
 
 def embed_task(
@@ -114,18 +170,28 @@ def embed_task(
     reference: str = "own",
     labels: str = "true",
     max_examples: int = MAX_EXAMPLES,
+    ranking: Ranking | None = None,
+    folder: Path | None = None,
 ) -> TaskEmbedding:
     """Embed a task at an expert: the task's own one, or the shared reference.
 
+    In a distributed run (``accelerate launch``) each process takes its share of the examples.
+
     Args:
         max_examples: at most so many training examples, a fixed sample.
+        ranking: from a Fisher diagonal to the names of the most similar tasks: the sample is doubled until they stay the same,
+            as in :func:`pituning.similarity.settling.settled_fisher`.
+        folder: where unfinished sums are kept, so that a run that is begun again goes on.
 
     Raises:
         DataError, RefusedError, ExpertError: as :func:`pituning.similarity.fisher.fisher_diagonal`.
     """
     examples = task.split("train", max_examples)
+    if ranking is not None:  # prefixes are used, and a file may be sorted
+        examples = sorted(examples, key=lambda e: hashlib.sha256(e.id.encode()).digest())
     with torch.autocast(backbone.device.type, enabled=False):  # a Fisher in mixed precision would not be exact
-        estimate = fisher_diagonal(backbone, expert, examples, labels=labels)
+        found = settled_fisher(backbone, expert, examples, ranking, labels=labels, most=max_examples, folder=folder)
+    estimate = found.estimate
     return TaskEmbedding(
         fisher={k: f.float().cpu() for k, f in estimate.mean().items()},
         task=task.name,
@@ -135,6 +201,7 @@ def embed_task(
         reference_hash=tensor_hash(expert.tensors),
         mean_loss=estimate.loss / estimate.samples,
         split_half=estimate.split_half(),
+        settled=found.settled if ranking is not None else None,
     )
 
 
@@ -191,8 +258,10 @@ def pool_embedding(
             f"{expert.card.task!r} are unknown here: run `pituning embed {name}{point} --train-file … [--task-kind grounding]` "
             "first"
         )
-    embedding = embed_task(backbone, at, load_task(expert.card.task, data=data), reference=reference)
+    unfinished = pool.folder / _REFERENCE_FOLDER / "unfinished" / f"{name}.{reference}"
+    embedding = embed_task(backbone, at, load_task(expert.card.task, data=data), reference=reference, folder=unfinished)
     embedding.save(folder)
+    (unfinished / PARTIAL_FILE).unlink(missing_ok=True)
     return embedding
 
 

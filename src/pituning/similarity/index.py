@@ -22,17 +22,15 @@ from numpy.typing import NDArray
 from pituning.errors import ExpertError
 from pituning.experts.expert import CARD_FILE, CONFIG_FILE, TENSOR_FILE, ExpertCard, file_hash, read_card
 from pituning.experts.pool import ExpertPool
+from pituning.similarity.compact import BYTES, Compact
 
 if TYPE_CHECKING:
     from pituning.similarity.embedding import TaskEmbedding
 
 INDEX_FILE = ".index.safetensors"
 EMBEDDING_FILES = {"own": "task_embedding.safetensors", "shared": "task_embedding.shared.safetensors"}
-WIDTH = 256
-_VERSION = 1
+_VERSION = 2
 _FILES = (CARD_FILE, CONFIG_FILE, TENSOR_FILE, *EMBEDDING_FILES.values())
-
-Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class PoolIndex:
 
     Attributes:
         entries: in the order of the names.
-        vectors: reference point → compact embeddings ``[expert, 256]``, of length one; zeros where there is none.
+        vectors: reference point → compact embeddings, uint8 ``[expert, 1024]``; zeros where there is none.
         spaces: reference point → the entries' spaces ``[expert]``; empty strings where there is no embedding.
         read: how many experts had to be read for it.
         saved: whether it is stored in the pool; not if the folder cannot be written.
@@ -69,7 +67,7 @@ class PoolIndex:
 
     folder: Path
     entries: tuple[Entry, ...]
-    vectors: Mapping[str, Vectors]
+    vectors: Mapping[str, Compact]
     spaces: Mapping[str, NDArray[np.str_]]
     read: int
     saved: bool
@@ -89,7 +87,7 @@ def open_index(pool: ExpertPool) -> PoolIndex:
     path = pool.folder / INDEX_FILE
     known, old = _read_index(path)
     names = pool.names()
-    vectors = {reference: np.zeros((len(names), WIDTH), np.float32) for reference in EMBEDDING_FILES}
+    vectors = {reference: np.zeros((len(names), BYTES), np.uint8) for reference in EMBEDDING_FILES}
     entries: list[Entry] = []
     read = 0
     for row, name in enumerate(names):
@@ -102,7 +100,7 @@ def open_index(pool: ExpertPool) -> PoolIndex:
             read += 1
         entries.append(entry)
         for reference, vector in compact.items():
-            vectors[reference][row, : len(vector)] = vector
+            vectors[reference][row] = vector
     spaces = {r: np.array([e.spaces.get(r, "") for e in entries], dtype=np.str_) for r in EMBEDDING_FILES}
     unchanged = path.is_file() and entries == [entry for entry, _ in known.values()]
     return PoolIndex(
@@ -120,12 +118,12 @@ def _still_valid(before: Entry | None, folder: Path) -> Entry | None:
     return replace(before, stamps=stamps) if before.digest == _digest(folder) else None
 
 
-def _read_expert(folder: Path) -> tuple[Entry, dict[str, Vectors]]:
+def _read_expert(folder: Path) -> tuple[Entry, dict[str, Compact]]:
     """An expert's entry and its compact embeddings, or what is wrong with it."""
     from pituning.similarity.embedding import TaskEmbedding
 
     entry = Entry(folder.name, None, _stamps(folder), _digest(folder))
-    vectors: dict[str, Vectors] = {}
+    vectors: dict[str, Compact] = {}
     spaces: dict[str, str] = {}
     try:
         entry = replace(entry, card=replace(read_card(folder), choices=(), training={}))
@@ -140,7 +138,7 @@ def _read_expert(folder: Path) -> tuple[Entry, dict[str, Vectors]]:
     return replace(entry, spaces=spaces), vectors
 
 
-def _compact(embedding: TaskEmbedding, path: Path) -> Vectors:
+def _compact(embedding: TaskEmbedding, path: Path) -> Compact:
     """From the tensors themselves, whatever the file's header says."""
     if not embedding.fisher or not all(torch.isfinite(f).all() for f in embedding.fisher.values()):
         raise ExpertError(f"{path} is empty, or holds values that are NaN or infinite; embed the expert again")
@@ -170,7 +168,7 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256(repr([(file, file_hash(folder / file)) for file in files]).encode()).hexdigest()
 
 
-def _read_index(path: Path) -> tuple[dict[str, tuple[Entry, int]], dict[str, Vectors]]:
+def _read_index(path: Path) -> tuple[dict[str, tuple[Entry, int]], dict[str, Compact]]:
     """The stored entries with their rows by name, and the matrices; nothing where there is no index of this version."""
     try:
         arrays = safetensors.numpy.load_file(path)
@@ -190,7 +188,7 @@ def _entry(values: dict[str, Any]) -> Entry:
     return Entry(card=card, **values)
 
 
-def _save(path: Path, entries: list[Entry], vectors: Mapping[str, Vectors]) -> bool:
+def _save(path: Path, entries: list[Entry], vectors: Mapping[str, Compact]) -> bool:
     """Store the index, all or nothing; False where the folder cannot be written."""
     document = json.dumps({"version": _VERSION, "entries": [asdict(entry) for entry in entries]})
     arrays = {"entries": np.frombuffer(document.encode(), np.uint8), **vectors}

@@ -29,10 +29,13 @@ from pituning.methods.bitfit import PEFT_TYPE as BITFIT
 from pituning.similarity.compact import compact_similarity
 from pituning.similarity.embedding import TaskEmbedding, embed_task, pool_embedding, shared_reference
 from pituning.similarity.gradient import loss_slopes
+from pituning.similarity.settling import FIRST, MOST
 from pituning.tasks.task import Task
 from pituning.training.evaluation import mean_log_loss
 
 FISHER_KINDS = ("fisher", "fisher-paper", "fisher-cosine")
+SETTLED_TOP = 3
+"""A target's embedding takes more examples until so many of the most similar candidates stay the same."""
 AVERAGED = ("score", "gradient")
 """What ``average`` averages where nothing is said: the kinds that need nothing but the target's examples."""
 
@@ -271,11 +274,22 @@ def require_comparable(target: TaskEmbedding, candidate: TaskEmbedding) -> None:
 def _fisher(kind: str, comparison: Comparison) -> list[float]:
     c = comparison
     at = c.own if c.reference == "own" and c.own is not None else shared_reference(c.pool, c.candidates[0].card.method)
-    target = embed_task(c.backbone, at, c.task, reference=c.reference)
-    return [
-        fisher_similarity(target, pool_embedding(c.backbone, c.pool, e.name, c.reference, data=c.data), kind)
-        for e in c.candidates
-    ]
+
+    def similarities(target: TaskEmbedding) -> list[float]:  # one candidate at a time is in memory
+        return [
+            fisher_similarity(target, pool_embedding(c.backbone, c.pool, e.name, c.reference, data=c.data), kind)
+            for e in c.candidates
+        ]
+
+    def nearest(fisher: Mapping[str, Tensor]) -> list[str]:
+        found = TaskEmbedding(fisher, c.task.name, 0, "true", c.reference, tensor_hash(at.tensors), 0.0, 0.0)
+        values = similarities(found)
+        return [c.candidates[i].name for i in sorted(range(len(values)), key=lambda i: -values[i])[:SETTLED_TOP]]
+
+    many = len(c.task.split("train")) > FIRST
+    return similarities(
+        embed_task(c.backbone, at, c.task, reference=c.reference, max_examples=MOST, ranking=nearest if many else None)
+    )
 
 
 def _weights(comparison: Comparison) -> list[float]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, PituningError, UnknownNameError, unknown_name
 from pituning.experts.expert import ExpertCard
+from pituning.similarity.compact import compact_cosines
 from pituning.similarity.index import EMBEDDING_FILES, Entry, PoolIndex
 
 RERANKED = 100
@@ -150,7 +151,7 @@ def compact_similarities(index: PoolIndex, query: Sequence[int], reference: str)
     scores = np.full(len(index.entries), -np.inf)
     vectors, spaces = index.vectors[reference], index.spaces[reference]
     for row in query:
-        values = np.where(spaces == spaces[row], vectors @ vectors[row], -np.inf)
+        values = np.where(spaces == spaces[row], compact_cosines(vectors, vectors[row]), -np.inf)
         scores = np.maximum(scores, values)
     return scores
 
@@ -216,21 +217,16 @@ def _rerank(
     index: PoolIndex, query: Sequence[Entry], best: Sequence[Entry], reference: str
 ) -> tuple[list[Hit], dict[str, str]]:
     """The candidates by exact similarity to the nearest of the query's experts, and those that could not be read."""
-    from pituning.similarity.embedding import TaskEmbedding
-    from pituning.similarity.measures import fisher_similarity
+    from pituning.similarity.embedding import FlatFisher
 
-    targets = [(e.spaces[reference], TaskEmbedding.load(index.folder / e.name, reference)) for e in query]
+    targets = [(e.spaces[reference], FlatFisher.load(index.folder / e.name, reference)) for e in query]
     hits: list[Hit] = []
     problems: dict[str, str] = {}
     for entry in best:
         assert entry.card is not None
         try:
-            candidate = TaskEmbedding.load(index.folder / entry.name, reference)
-            values = [
-                fisher_similarity(target, candidate, "fisher-cosine")
-                for space, target in targets
-                if space == entry.spaces[reference]
-            ]
+            candidate = FlatFisher.load(index.folder / entry.name, reference)
+            values = [target.cosine(candidate) for space, target in targets if space == entry.spaces[reference]]
         except ExpertError as error:
             problems[entry.name] = str(error)
             continue

@@ -45,7 +45,7 @@ def settled_fisher(
     backbone: Backbone,
     expert: Expert,
     examples: Sequence[Example],
-    ranking: Ranking,
+    ranking: Ranking | None = None,
     *,
     first: int = FIRST,
     most: int = MOST,
@@ -58,7 +58,7 @@ def settled_fisher(
 
     Args:
         examples: a fixed order; prefixes of it are used.
-        ranking: what the embedding is for, such as the three most similar tasks.
+        ranking: what the embedding is for, such as the three most similar tasks; without it all ``most`` examples are used.
         first, most: examples at first, and at most.
         agreement: least cosine between the estimates from either half of the examples, averaged over tensors.
         folder: where the sums are kept after each doubling; a run that is begun again there goes on from them. They are of no
@@ -83,9 +83,14 @@ def settled_fisher(
             )
             total = part if total is None else total + part
             _write(folder, identity, total)
-        history[total.samples] = tuple(ranking(total.mean())), total.split_half()
+        history[total.samples] = tuple(ranking(total.mean())) if ranking is not None else (), total.split_half()
         rankings = [r for r, _ in list(history.values())[-3:]]
-        at_rest = len(rankings) == 3 and len(set(rankings)) == 1 and history[total.samples][1] >= agreement
+        at_rest = (
+            ranking is not None
+            and len(rankings) == 3
+            and len(set(rankings)) == 1
+            and history[total.samples][1] >= agreement
+        )
         if at_rest or total.samples >= most:
             return Settled(total, history, at_rest)
         size = min(2 * max(size, total.samples), most)
