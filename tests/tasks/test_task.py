@@ -11,7 +11,7 @@ import pytest
 from pituning.data import hub
 from pituning.errors import DataError, UnknownNameError
 from pituning.example import Example
-from pituning.tasks import Task, TaskDefinition, load_task, register_task, task_from_files, task_names
+from pituning.tasks import KINDS, Task, TaskDefinition, load_task, register_task, task_from_files, task_names
 from pituning.tasks import task as task_module
 
 LABELS = {"0": "a bad one", "1": "a good one"}
@@ -111,6 +111,12 @@ class TestLoadTask:
         train = {e.texts for e in load_task(name).split("train")}
         assert not train & {e.texts for e in task.split("test")}, "a test sentence is among the training sentences"
 
+    def test_tasks_say_of_what_kind_they_are(self) -> None:
+        assert load_task("movie_quotes").kind == load_task("pocket_gear").kind == "sentiment"
+        assert load_task("noun_field").kind == "topic"
+        assert KINDS["vqa"]().title == "visual question answering"
+        assert all(kind().title for kind in KINDS.values())
+
     def test_no_two_tasks_share_a_label_text(self) -> None:
         found = [task_module._REGISTRY[n] for n in task_names()]
         definitions = [d for d in found if isinstance(d, TaskDefinition)]  # the paper's own tasks share "yes" and "no"
@@ -122,6 +128,7 @@ class TestLoadTask:
         register_task(TaskDefinition("mine", LABELS, texts=("sentence",), prompt="Q: {sentence}"))
         write(tmp_path / "mine")
         assert load_task("mine", data=tmp_path).split("train")[1].prompt == "Q: text 1"
+        assert load_task("mine", data=tmp_path).kind == "text classification"
         assert "mine" in task_names()
 
 

@@ -43,14 +43,15 @@ def test_the_result_is_an_expert_for_its_task(
     backbone_of: Any, make_task: Any, tmp_path: Path, family: str, method: str
 ) -> None:
     backbone = backbone_of(family)
-    expert = train_expert(backbone, make_task("mine"), method, settings=SHORT, name="first", r=3)
+    task = replace(make_task("mine"), kind="sentiment")
+    expert = train_expert(backbone, task, method, settings=SHORT, name="first", r=3)
     expert.verify(backbone)
     card = expert.card
     assert (card.name, card.task, card.method, card.shots) == ("first", "mine", method, 4)
     assert (card.fingerprint, card.backbone) == (backbone.fingerprint, backbone.name)
     assert card.parameters == sum(t.numel() for t in expert.tensors.values())
     assert card.choices == make_task().choices
-    assert card.training["steps_taken"] == 3
+    assert (card.training["steps_taken"], card.training["task_kind"]) == (3, "sentiment")
     assert card.training["learning_rate"] == 1e-2
     assert Expert.load(expert.save(tmp_path / "first")).card == card
 

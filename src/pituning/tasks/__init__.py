@@ -1,6 +1,7 @@
 """Named tasks and tasks from the user's own files."""
 
 from pituning.tasks.captioning import Captioning
+from pituning.tasks.emoji import emoji_task, pretraining_task
 from pituning.tasks.entailment import VisualEntailment
 from pituning.tasks.grounding import Grounding, GroundingRow, grounding_from_files, grounding_from_rows
 from pituning.tasks.image_classification import ImageClassification
@@ -30,9 +31,11 @@ __all__ = [
     "Task",
     "TaskDefinition",
     "VisualEntailment",
+    "emoji_task",
     "grounding_from_files",
     "grounding_from_rows",
     "load_task",
+    "pretraining_task",
     "register_task",
     "task_from_datasets",
     "task_from_files",

@@ -24,6 +24,7 @@ class Captioning(Kind):
     Source: Chen et al., "Microsoft COCO Captions", arXiv 1504.00325; the split of Karpathy and Fei-Fei, CVPR 2015.
     """
 
+    title = "captioning"
     columns = MappingProxyType({"key": 1, "image": 4, "caption": 2})
     optional = frozenset({"key"})
     aliases = MappingProxyType({"key": ("image_id",), "caption": ("captions", "text")})

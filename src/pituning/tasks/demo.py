@@ -7,6 +7,7 @@ TASKS = (
         "movie_quotes",
         {"negative": "a disappointed film critic", "positive": "a delighted film critic"},
         prompt="Critic: {text}\nIs the critic disappointed or delighted?",
+        kind="sentiment",
     ),
     TaskDefinition(
         "picture_gear",
@@ -15,6 +16,7 @@ TASKS = (
             "positive": "a happy remark about a camera or a DVD player",
         },
         prompt="Customer: {text}\nIs the customer unhappy or happy with the device?",
+        kind="sentiment",
     ),
     TaskDefinition(
         "pocket_gear",
@@ -23,11 +25,13 @@ TASKS = (
             "positive": "a satisfied owner of a phone or music player",
         },
         prompt="Owner: {text}\nIs the owner frustrated or satisfied?",
+        kind="sentiment",
     ),
     TaskDefinition(
         "word_tone",
         {"negative": "the meaning of an unpleasant word", "positive": "the meaning of a pleasant word"},
         prompt="Definition: {text}\nIs the word unpleasant or pleasant?",
+        kind="sentiment",
     ),
     TaskDefinition(
         "noun_field",
@@ -39,6 +43,7 @@ TASKS = (
             "plant": "a kind of plant",
         },
         prompt="Definition: {text}\nWhat kind of thing is it?",
+        kind="topic",
     ),
     TaskDefinition(
         "verb_field",
@@ -49,5 +54,6 @@ TASKS = (
             "thinking": "a way of thinking",
         },
         prompt="Definition: {text}\nWhat kind of action is it?",
+        kind="topic",
     ),
 )

@@ -26,6 +26,7 @@ class VisualEntailment(Kind):
     Source: Xie et al., "Visual Entailment", arXiv 1901.06706.
     """
 
+    title = "visual entailment"
     columns = MappingProxyType({"key": 0, "image": 2, "hypothesis": 3, "premise": 4, "label": 5})
     optional = frozenset({"key", "premise"})
     aliases = MappingProxyType({"hypothesis": ("sentence",), "premise": ("caption",)})

@@ -74,6 +74,7 @@ class _Glue(Kind):
 class CoLA(_Glue):
     """Acceptability (Warstadt et al., TACL 2019)."""
 
+    title = "acceptability"
     columns = MappingProxyType({"sentence": 1, "label": 2})
     metrics = ("Matthews", "accuracy")
     texts = ("sentence",)
@@ -85,6 +86,7 @@ class CoLA(_Glue):
 class MNLI(_Glue):
     """Entailment over many genres (Williams et al., NAACL 2018)."""
 
+    title = "sentence pairs"
     columns = MappingProxyType({"premise": 0, "hypothesis": 1, "label": 2})
     metrics = ("accuracy",)
     texts = ("premise", "hypothesis")
@@ -99,6 +101,7 @@ class MNLI(_Glue):
 class MRPC(_Glue):
     """Paraphrases in the news (Dolan and Brockett, 2005)."""
 
+    title = "sentence pairs"
     columns = MappingProxyType({"first": 0, "second": 1, "label": 2})
     metrics = ("accuracy", "F1")
     texts = ("first", "second")
@@ -110,6 +113,7 @@ class MRPC(_Glue):
 class QNLI(_Glue):
     """Does a sentence answer a question? (Rajpurkar et al., EMNLP 2016, as recast by GLUE)."""
 
+    title = "sentence pairs"
     columns = MappingProxyType({"question": 1, "sentence": 2, "label": 3})
     metrics = ("accuracy",)
     texts = ("question", "sentence")
@@ -121,6 +125,7 @@ class QNLI(_Glue):
 class QQP(_Glue):
     """Duplicate questions (Quora)."""
 
+    title = "sentence pairs"
     columns = MappingProxyType({"first": 3, "second": 4, "label": 5})
     metrics = ("accuracy", "F1")
     texts = ("first", "second")
@@ -132,6 +137,7 @@ class QQP(_Glue):
 class RTE(_Glue):
     """Recognising textual entailment (Dagan et al., and the challenges that followed, as merged by GLUE)."""
 
+    title = "sentence pairs"
     columns = MappingProxyType({"premise": 1, "hypothesis": 2, "label": 3})
     metrics = ("accuracy",)
     texts = ("premise", "hypothesis")
@@ -143,6 +149,7 @@ class RTE(_Glue):
 class SST2(_Glue):
     """Sentiment of film reviews (Socher et al., EMNLP 2013)."""
 
+    title = "sentiment"
     columns = MappingProxyType({"sentence": 0, "label": 1})
     metrics = ("accuracy",)
     texts = ("sentence",)

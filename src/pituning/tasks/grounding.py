@@ -34,6 +34,7 @@ class Grounding(Kind):
     Source: Yu et al., "Modeling context in referring expressions", ECCV 2016; Mao et al., CVPR 2016 (RefCOCOg).
     """
 
+    title = "grounding"
     columns = MappingProxyType({"key": 0, "image": 4, "text": 2, "box": 3})
     optional = frozenset({"key"})
     aliases = MappingProxyType({"box": ("bbox", "region_coord")})

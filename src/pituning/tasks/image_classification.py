@@ -23,6 +23,7 @@ class ImageClassification(Kind):
     Source: Wang et al., "OFA", ICML 2022, §4 (ImageNet); the paper's Table 2 (eight data sets).
     """
 
+    title = "image classification"
     columns = MappingProxyType({"image": 0, "label": 2})
     aliases = MappingProxyType({"label": ("class", "label_name", "fine_label")})
     metrics = ("accuracy",)

@@ -36,8 +36,10 @@ class Kind(ABC):
         metrics: names of the metrics, the first of which is the task's own.
         generation: how free-form answers are searched, in transformers' words.
         submission: what an evaluation server calls an item and its answer.
+        title: see :attr:`pituning.tasks.Task.kind`.
     """
 
+    title: ClassVar[str] = ""
     columns: ClassVar[Mapping[str, int]]
     optional: ClassVar[frozenset[str]] = frozenset()
     aliases: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
@@ -81,6 +83,7 @@ class Kind(ABC):
             more_metrics=self.metrics[1:],
             generation=self.generation,
             submission=self.submission,
+            kind=self.title,
         )
 
 

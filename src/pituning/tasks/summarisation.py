@@ -25,6 +25,7 @@ class Summarisation(Kind):
     Source: Rush et al., "A neural attention model for abstractive sentence summarization", EMNLP 2015.
     """
 
+    title = "summarisation"
     columns = MappingProxyType({"source": 0, "target": 1})
     aliases = MappingProxyType({"source": ("document", "article"), "target": ("summary", "headline")})
     metrics = ("ROUGE-L", "ROUGE-1", "ROUGE-2")

@@ -42,6 +42,8 @@ class Task:
         more_metrics: names of further metrics to report.
         generation: how free-form answers are searched, in transformers' words (``num_beams``, ``max_new_tokens`` …).
         submission: what an evaluation server calls an item and its answer.
+        kind: what sort of task it is, in words that similar tasks share ("sentiment", "grounding"); the task graph is coloured
+            by it.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Task:
     more_metrics: tuple[str, ...] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     submission: tuple[str, str] = ("id", "answer")
+    kind: str = ""
 
     def split(self, name: str, limit: int | None = None) -> Sequence[Example]:
         """Examples of one split; ``limit`` takes a seeded, fixed sample of it.
@@ -96,6 +99,7 @@ class TaskDefinition:
         texts: the input columns, one or two.
         prompt: template over the input columns for generative backbones.
         hub: (path, name) in the `datasets` hub, used where no file is found; its columns and label values must agree.
+        kind: see :attr:`Task.kind`.
     """
 
     name: str
@@ -106,6 +110,7 @@ class TaskDefinition:
     metric: str = "accuracy"
     hub: tuple[str, str | None] | None = None
     hub_splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
+    kind: str = "text classification"
 
     def __post_init__(self) -> None:
         twice = [text for text in self.labels.values() if list(self.labels.values()).count(text) > 1]
@@ -155,7 +160,7 @@ class TaskDefinition:
         elif self.hub is not None:
             for split, remote in self.hub_splits.items():
                 splits[split] = self.examples(load_hub_split(*self.hub, remote, columns), split)
-        return Task(self.name, tuple(self.labels.values()), splits, self.metric)
+        return Task(self.name, tuple(self.labels.values()), splits, self.metric, kind=self.kind)
 
 
 class Definition(Protocol):
@@ -168,7 +173,7 @@ class Definition(Protocol):
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Where its files lie in a folder of data sets."""
+        """Where its files lie in a folder of data sets; empty if it needs none."""
         ...
 
     @property
@@ -243,7 +248,7 @@ def task_from_files(
     definition = TaskDefinition(name, {str(k): v for k, v in labels.items()}, tuple(texts), label, template)
     columns = [*texts, label]
     splits = {split: definition.examples(read_table(Path(path), columns), split) for split, path in files.items()}
-    return Task(name, tuple(definition.labels.values()), splits)
+    return Task(name, tuple(definition.labels.values()), splits, kind=definition.kind)
 
 
 def task_from_datasets(
@@ -262,7 +267,7 @@ def task_from_datasets(
         split: definition.examples(rows_from_dataset(data, [*texts, label], f"{name}:{split}"), split)
         for split, data in datasets.items()
     }
-    return Task(name, tuple(definition.labels.values()), splits)
+    return Task(name, tuple(definition.labels.values()), splits, kind=definition.kind)
 
 
 def packaged_data() -> Path:
@@ -272,6 +277,8 @@ def packaged_data() -> Path:
 
 def _find_folder(definition: Definition, data: str | Path | None) -> Path | None:
     name = definition.name
+    if not definition.folders:
+        return None
     if data is not None:
         if found := _folder_in(definition, Path(data)):
             return found
@@ -299,13 +306,14 @@ def _folder_in(definition: Definition, place: Path) -> Path | None:
 
 
 def _register_built_in() -> None:
-    from pituning.tasks import demo, paper, sentence_pairs, text_classification
+    from pituning.tasks import demo, emoji, paper, sentence_pairs, text_classification
 
     definitions: tuple[Definition, ...] = (
         *text_classification.TASKS,
         *sentence_pairs.TASKS,
         *demo.TASKS,
         *paper.TASKS,
+        *emoji.TASKS,
     )
     for definition in definitions:
         _REGISTRY.setdefault(definition.name, definition)

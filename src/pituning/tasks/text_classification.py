@@ -10,35 +10,41 @@ TASKS = (
         prompt="Movie review: {sentence}\nIs this a negative or a positive movie review?",
         hub=("stanfordnlp/sst2", None),
         hub_splits={"train": "train", "test": "validation"},
+        kind="sentiment",
     ),
     TaskDefinition(
         "cr",
         {"0": "a complaint about a product", "1": "praise for a product"},
         texts=("sentence",),
         prompt="Customer: {sentence}\nIs this a complaint about a product or praise for a product?",
+        kind="sentiment",
     ),
     TaskDefinition(
         "movie_reviews",
         {"0": "an unfavourable essay on a film", "1": "a favourable essay on a film"},
         prompt="Essay: {text}\nIs the essay on the film unfavourable or favourable?",
+        kind="sentiment",
     ),
     TaskDefinition(
         "tweet_sentiment",
         {"0": "a gloomy tweet", "1": "a matter-of-fact tweet", "2": "a cheerful tweet"},
         prompt="Tweet: {text}\nIs the tweet gloomy, matter-of-fact or cheerful?",
         hub=("cardiffnlp/tweet_eval", "sentiment"),
+        kind="sentiment",
     ),
     TaskDefinition(
         "tweet_emotion",
         {"0": "someone is angry", "1": "someone is full of joy", "2": "someone is hopeful", "3": "someone is sad"},
         prompt="Tweet: {text}\nIs the writer angry, full of joy, hopeful or sad?",
         hub=("cardiffnlp/tweet_eval", "emotion"),
+        kind="emotion",
     ),
     TaskDefinition(
         "subj",
         {"0": "the opinion of a critic", "1": "a part of the plot"},
         texts=("sentence",),
         prompt="Sentence: {sentence}\nIs this the opinion of a critic or a part of the plot?",
+        kind="subjectivity",
     ),
     TaskDefinition(
         "trec6",
@@ -52,6 +58,7 @@ TASKS = (
         },
         texts=("sentence",),
         prompt="Question: {sentence}\nWhat is the question about?",
+        kind="topic",
     ),
     TaskDefinition(
         "cola",
@@ -60,6 +67,7 @@ TASKS = (
         prompt="Sentence: {sentence}\nIs the sentence ungrammatical or well-formed?",
         hub=("nyu-mll/glue", "cola"),
         hub_splits={"train": "train", "test": "validation"},
+        kind="acceptability",
     ),
     TaskDefinition(
         "agnews",
@@ -70,5 +78,6 @@ TASKS = (
             "4": "news about science and technology",
         },
         prompt="News: {text}\nIs this about world politics, sports, business or science and technology?",
+        kind="topic",
     ),
 )

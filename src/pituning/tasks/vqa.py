@@ -33,6 +33,7 @@ class VQA(Kind):
     Source: Goyal et al., "Making the V in VQA matter", CVPR 2017; Wang et al., "OFA", ICML 2022, §4.
     """
 
+    title = "visual question answering"
     columns = MappingProxyType({"key": 0, "image": 5, "question": 2, "answer": 3, "objects": 4})
     optional = frozenset({"key", "objects"})
     aliases = MappingProxyType({"key": ("question_id",), "answer": ("answers",)})

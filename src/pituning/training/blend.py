@@ -173,6 +173,7 @@ def blended_card(
         training={
             **backbone.record,
             "examples": len(task.split("train")),
+            "task_kind": task.kind,
             **settings_dict(settings),
         },
     )

@@ -66,7 +66,7 @@ def train_expert(
         config = config_dict(make_config(method, backbone, **options))
     initial = initial_tensors(backbone, config)
     examples = task.split("train")
-    record: dict[str, Any] = {**backbone.record, "examples": len(examples)}
+    record: dict[str, Any] = {**backbone.record, "examples": len(examples), "task_kind": task.kind}
     if not is_folded(config):
         record["projection"] = {"projection": True, "projection_dim": config["projection_dim"]}
     metrics: dict[str, float] = {}
