@@ -18,6 +18,7 @@ from pituning.cli.interpolate import interpolate
 from pituning.cli.merge import merge
 from pituning.cli.pool import pool_app
 from pituning.cli.predict import predict
+from pituning.cli.pretrain import pretrain
 from pituning.cli.rank import rank
 from pituning.cli.run import run
 from pituning.cli.train import train
@@ -57,6 +58,7 @@ app.command()(pull)
 app.command()(run)
 app.command()(validate)
 app.command()(convert)
+app.command()(pretrain)
 app.add_typer(analyse_app, name="analyse", help="Look at what lies between experts, and what each of them is worth.")
 app.add_typer(pool_app, name="pool", help="Look after a pool: list, show, verify, audit and search its experts.")
 

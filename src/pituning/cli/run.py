@@ -46,12 +46,15 @@ def run(
     if not recipe.is_file():
         raise FileNotFoundError(2, "no such recipe", str(recipe))
     with output.status("loading"):
+        from pituning.experiments.pretrain_recipe import PretrainRecipe
         from pituning.experiments.recipe import load_recipe
         from pituning.experiments.runner import run_recipe
         from pituning.experiments.table_recipe import STAGES, TableRecipe
         from pituning.experiments.table_runner import run_table
 
         loaded = load_recipe(recipe)
+    if isinstance(loaded, PretrainRecipe):
+        raise typer.BadParameter(f"{recipe} pretrains a model: use `pituning pretrain {recipe}`")
     wanted = comma_separated("--stages", stages)
     if unknown := [s for s in wanted if s not in STAGES]:
         raise typer.BadParameter(f"--stages: there is no stage {unknown[0]!r}; there are {', '.join(STAGES)}")

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pituning.errors import PituningError, RecipeError, UnknownNameError, unknown_name
+from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.experiments.table_recipe import TableRecipe, missing_backbone
 from pituning.tasks.task import load_task
 
@@ -122,8 +123,9 @@ class Recipe(_Strict):
         return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:10]
 
 
-def load_recipe(path: str | Path) -> Recipe | TableRecipe:
-    """Read and validate a recipe: a comparison of arms, or, where the file has the entry ``table``, one of the paper's tables.
+def load_recipe(path: str | Path) -> Recipe | TableRecipe | PretrainRecipe:
+    """Read and validate a recipe: a comparison of arms, one of the paper's tables (the file has the entry ``table``), or a
+    pretraining (``pretrain``).
 
     Raises:
         RecipeError: lists every problem of the file at once.
@@ -138,7 +140,9 @@ def load_recipe(path: str | Path) -> Recipe | TableRecipe:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
     try:
-        return TableRecipe(**values) if "table" in values else Recipe(**values)
+        kind: Any = TableRecipe if "table" in values else PretrainRecipe if "pretrain" in values else Recipe
+        loaded: Recipe | TableRecipe | PretrainRecipe = kind(**values)
+        return loaded
     except ValidationError as error:
         lines = [line for problem in error.errors() for line in _lines(problem)]
         raise RecipeError(f"{path} has {len(lines)} problem(s):\n" + "\n".join(lines)) from error

@@ -20,6 +20,7 @@ from pituning.data.overlap import Overlap
 from pituning.errors import PituningError, RecipeError
 from pituning.experiments.cells import write_json
 from pituning.experiments.controls import Draw, own_cache
+from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.experiments.recipe import ARMS, Recipe, load_recipe
 from pituning.experiments.table_recipe import TableRecipe
 from pituning.experts.pool import ExpertPool
@@ -57,6 +58,8 @@ def run_recipe(
     recipe = load_recipe(path)
     if isinstance(recipe, TableRecipe):
         raise RecipeError(f"{path} is the recipe of a table, which has stages and no arms: pituning.run_table runs it")
+    if isinstance(recipe, PretrainRecipe):
+        raise RecipeError(f"{path} pretrains a model and has no arms: `pituning pretrain {path}` runs it")
     if seeds is not None:
         recipe = recipe.model_copy(update={"draws": tuple(seeds)})
     folder = Path(output or recipe.output)

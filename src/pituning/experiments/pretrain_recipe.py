@@ -1,0 +1,100 @@
+"""A recipe that pretrains an OFA from nothing: sizes, vocabulary, scenes, tasks and schedule in one YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from pituning.errors import PituningError
+from pituning.tasks.emoji import PRETRAINING
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VocabularySection(_Strict):
+    """The BPE vocabulary, which is made from the texts of the tasks.
+
+    Attributes:
+        pieces: BPE pieces, the 256 bytes among them.
+        bins: location bins along a side of the picture.
+        texts: examples of each task whose texts are read for it.
+    """
+
+    pieces: int = Field(default=1000, ge=257)
+    bins: int = Field(default=48, ge=2)
+    texts: Positive = 4000
+
+
+class PretrainRecipe(_Strict):
+    """Multi-task pretraining as OFA's: every step is a batch of grounding, captioning, questions and names, or of infilling.
+
+    Attributes:
+        pretrain: the model's name.
+        model: fields of :class:`pituning.backbones.ofa.OFAConfig`.
+        side: of the pictures, in pixels.
+        scenes: vocabulary of the scenes, see :func:`pituning.data.scenes.names_of`.
+        tasks: kind of pretraining (:data:`pituning.tasks.emoji.PRETRAINING`) → its examples in a step.
+        infilling_every: every so many steps the batch holds texts with a gap instead, without pictures; 0: never.
+        positions_like_contents: scale the first image positions to the spread of the first image features, so that places
+            can be told apart from the first step.
+        save_every, log_every: steps.
+        workers: processes that draw pictures.
+        output: folder of the checkpoints, the log and, in ``model/``, what :func:`pituning.load_backbone` reads.
+    """
+
+    pretrain: str
+    title: str
+    model: Mapping[str, Any]
+    vocabulary: VocabularySection = VocabularySection()
+    side: int = Field(default=96, ge=48)
+    scenes: Literal["small", "full"] = "small"
+    tasks: Mapping[str, Positive] = Field(min_length=1)
+    infilling_every: int = Field(default=8, ge=0)
+    positions_like_contents: bool = True
+    steps: Positive
+    learning_rate: float = Field(gt=0)
+    schedule: str = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = Field(default=0, ge=0)
+    save_every: Positive = 1000
+    log_every: Positive = 100
+    workers: int = Field(default=1, ge=0)
+    output: str
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, tasks: Mapping[str, int]) -> Mapping[str, int]:
+        if unknown := sorted(set(tasks) - set(PRETRAINING)):
+            raise ValueError(f"there is no kind of pretraining {unknown[0]!r}; there are {', '.join(PRETRAINING)}")
+        return tasks
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, model: Mapping[str, Any]) -> Mapping[str, Any]:
+        from pituning.backbones.ofa.configuration import OFAConfig
+
+        if unknown := sorted(k for k in model if not hasattr(OFAConfig(), k)):
+            raise ValueError(f"an OFA has no setting {', '.join(unknown)}")
+        try:
+            OFAConfig(**{**model, "vocab_size": 1000})
+        except (PituningError, TypeError) as error:
+            raise ValueError(str(error)) from error
+        return model
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of a step."""
+        return sum(self.tasks.values())
+
+    def missing_inputs(self) -> list[str]:
+        """Nothing: the scenes are part of the package."""
+        return []

@@ -1,0 +1,164 @@
+"""Pretraining on scenes: what a run reads, that it is the same when it is repeated or broken off, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import pituning as pt
+from pituning.backbones.ofa import OFAProcessor
+from pituning.errors import RecipeError, RefusedError
+from pituning.experiments.pretrain_recipe import PretrainRecipe
+from pituning.experiments.pretraining import INFILLING, Collator, Stream, build, pretrain
+from pituning.experiments.recipe import load_recipe
+from pituning.tasks import pretraining_task
+from pituning.training.evaluation import evaluate
+
+ROOT = Path(__file__).parents[2]
+SETTINGS: dict[str, Any] = {
+    "pretrain": "tiny", "title": "a tiny one", "side": 48, "steps": 6, "learning_rate": 1e-3, "save_every": 2,
+    "log_every": 1, "workers": 0, "infilling_every": 3, "output": "unused",
+    "vocabulary": {"pieces": 300, "bins": 12, "texts": 20},
+    "model": {
+        "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "max_source_positions": 64, "max_target_positions": 64, "token_bucket_size": 16, "image_bucket_size": 8,
+        "code_image_size": 16, "resnet_layers": [1, 1, 1], "resnet_stem_width": 4, "resnet_widths": [2, 2, 2], "dropout": 0.0,
+    },
+    "tasks": {"grounding": 2, "caption": 1, "vqa": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe() -> PretrainRecipe:
+    return PretrainRecipe(**SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def processor(recipe: PretrainRecipe) -> OFAProcessor:
+    return build(recipe)[1]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: PretrainRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    pretrain(recipe, folder)
+    return folder
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "examples/s")} for line in lines]
+
+
+class TestStream:
+    def test_steps_hold_so_many_of_each_kind_and_every_third_is_infilling(self, recipe: PretrainRecipe) -> None:
+        stream = Stream(recipe)
+        kinds = [[stream[4 * step + n][0] for n in range(4)] for step in range(6)]
+        assert len(stream) == 24
+        assert kinds[0] == kinds[1] == ["grounding", "grounding", "caption", "vqa"]
+        assert kinds[2] == kinds[5] == [INFILLING] * 4
+
+    def test_no_example_is_read_twice_and_none_of_what_is_held_out(self, recipe: PretrainRecipe) -> None:
+        stream = Stream(recipe)
+        ids = [stream[n][1].id for n in range(len(stream))]
+        assert len(set(ids)) == len(ids)
+        plain = pretraining_task("grounding", vocabulary="small", side=48).splits["train"]
+        assert [stream[n][1].prompt for n in (0, 1, 4, 5)] == [plain[n].prompt for n in range(4)]
+        assert {e.id.split("/")[0] for _, e in (stream[n] for n in range(4))} <= {f"pretrain-{k}" for k in recipe.tasks}
+
+    def test_a_gap_hides_words_of_the_text_that_is_to_be_completed(self, recipe: PretrainRecipe) -> None:
+        stream = Stream(recipe)
+        for number in range(8, 12):
+            example = stream[number][1]
+            before, after = example.texts[0].split("<mask>")
+            assert example.image is None
+            assert example.target.startswith(before)
+            assert example.target.endswith(after)
+            missing = len(example.target.split()) - len(before.split()) - len(after.split())
+            assert 1 <= missing <= 3
+
+
+class TestCollator:
+    def test_is_what_the_processor_makes_of_the_same_examples(
+        self, recipe: PretrainRecipe, processor: OFAProcessor
+    ) -> None:
+        examples = [Stream(recipe)[n] for n in range(4)]
+        found = Collator(processor)(examples)
+        assert found.pop("kinds") == ["grounding", "grounding", "caption", "vqa"]
+        targets = [processor.encode_box(e.box, (48, 48)) if e.box else f" {e.target.strip()}" for _, e in examples]
+        images = [e.image for _, e in examples]
+        expected = processor([e.prompt for _, e in examples], images, targets)
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), key
+
+    def test_the_gap_is_the_mask_symbol(self, recipe: PretrainRecipe, processor: OFAProcessor) -> None:
+        batch = Collator(processor)([Stream(recipe)[n] for n in range(8, 12)])
+        assert "patch_images" not in batch
+        assert ((batch["input_ids"] == processor.tokenizer.mask_id).sum(1) == 1).all()
+        text = Stream(recipe)[8][1].prompt
+        assert processor.decode(batch["input_ids"][0].tolist()).split() == text.split()
+
+
+class TestRun:
+    def test_logs_a_line_for_each_step_with_the_losses_of_its_kinds(self, whole: Path) -> None:
+        found = losses(whole)
+        assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+        assert [set(line) - {"step"} for line in found[:3]] == [
+            {"grounding", "caption", "vqa"},
+            {"grounding", "caption", "vqa"},
+            {INFILLING},
+        ]
+
+    def test_a_second_run_has_equal_losses(self, recipe: PretrainRecipe, whole: Path, tmp_path: Path) -> None:
+        pretrain(recipe, tmp_path)
+        assert losses(tmp_path) == losses(whole)
+
+    def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(
+        self, recipe: PretrainRecipe, whole: Path, tmp_path: Path
+    ) -> None:
+        assert pretrain(recipe, tmp_path, steps=3)["steps"] == 3
+        with pytest.raises(RefusedError, match="holds checkpoint-3: go on from it with resume"):
+            pretrain(recipe, tmp_path)
+        assert pretrain(recipe, tmp_path, resume=True)["steps"] == 6
+        assert losses(tmp_path) == losses(whole)
+        files = [folder / "model" / "model.safetensors" for folder in (whole, tmp_path)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+    def test_writes_a_backbone_in_half_precision_that_knows_the_tasks(self, whole: Path) -> None:
+        backbone = pt.load_backbone(str(whole / "model"))
+        assert next(backbone.model.parameters()).dtype == torch.float32
+        found = evaluate(backbone, None, pretraining_task("grounding", split="pretrain-val", side=48, size=6))
+        assert 0 <= found.metrics["acc@0.5"] <= 1
+        record = json.loads((whole / "model" / "pretraining.json").read_text())
+        assert (record["steps"], record["examples"], record["recipe"]["side"]) == (6, 24, 48)
+
+    def test_statistics_of_the_norms_have_moved_and_are_as_trained(self, whole: Path) -> None:
+        backbone = pt.load_backbone(str(whole / "model"))
+        buffers = dict(backbone.model.named_buffers())
+        trained = [b for n, b in buffers.items() if n.endswith("running_mean")]
+        assert trained
+        assert all(b.abs().sum() > 0 for b in trained)
+
+
+class TestRecipe:
+    def test_every_mistake_is_named_at_once(self, tmp_path: Path) -> None:
+        wrong = {**SETTINGS, "tasks": {"dancing": 3}, "steps": 0, "model": {"d_modell": 3}, "wings": 2}
+        path = tmp_path / "wrong.yaml"
+        path.write_text(yaml.safe_dump(wrong))
+        with pytest.raises(RecipeError, match=r"4 problem\(s\)") as caught:
+            load_recipe(path)
+        for part in ("no kind of pretraining 'dancing'", "no setting d_modell", "steps", "wings"):
+            assert part in str(caught.value)
+
+    def test_the_recipe_that_ships_is_valid_and_of_the_promised_size(self) -> None:
+        recipe = load_recipe(ROOT / "recipes" / "ofa-nano.yaml")
+        assert isinstance(recipe, PretrainRecipe)
+        small = recipe.model_copy(update={"vocabulary": recipe.vocabulary.model_copy(update={"texts": 50})})
+        parameters = sum(p.numel() for p in build(small)[0].parameters())
+        assert 3e6 <= parameters <= 8e6
