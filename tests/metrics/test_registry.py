@@ -16,13 +16,13 @@ def test_every_metric_says_what_it_compares() -> None:
         "choice": ["accuracy", "F1", "macro-F1", "Matthews"],
         "box": ["acc@0.5"],
         "text": ["exact-match"],
-        "references": ["BLEU-4", "CIDEr-D", "METEOR", "SPICE", "ROUGE-1", "ROUGE-2", "ROUGE-L"],
+        "references": ["BLEU-4", "CIDEr-D", "METEOR", "SPICE", "objects-named", "ROUGE-1", "ROUGE-2", "ROUGE-L"],
         "soft": ["vqa-accuracy"],
     }
     assert all_metric_names() == sorted(
         [
             *("accuracy", "F1", "macro-F1", "Matthews", "acc@0.5", "exact-match", "vqa-accuracy"),
-            *("BLEU-4", "CIDEr-D", "METEOR", "SPICE", "ROUGE-1", "ROUGE-2", "ROUGE-L"),
+            *("BLEU-4", "CIDEr-D", "METEOR", "SPICE", "objects-named", "ROUGE-1", "ROUGE-2", "ROUGE-L"),
         ]
     )
     answers = {"choice": [0, 1, 1, 0], "box": [(0, 0, 2, 2), (1, 1, 3, 4)], "text": ["a", "b c"]}

@@ -359,7 +359,13 @@ class TestClassification:
 
 class TestTasks:
     def test_names(self) -> None:
-        assert {t.name for t in TASKS} == {*NAMES, *(f"{n}-small" for n in NAMES)} <= set(task_names())
+        held_out = [f"emoji-pretraining-{kind}" for kind in PRETRAINING]
+        every = [*NAMES, *held_out]
+        assert {t.name for t in TASKS} == {*every, *(f"{n}-small" for n in every)} <= set(task_names())
+        for kind in PRETRAINING:
+            named = load_task(f"emoji-pretraining-{kind}-small").split("test")[3]
+            plain = pretraining_task(kind, vocabulary="small", split="pretrain-val").split("test")[3]
+            assert (named.prompt, named.target, named.box) == (plain.prompt, plain.target, plain.box)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_a_task_needs_no_files(self, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

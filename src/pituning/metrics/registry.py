@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pituning.errors import unknown_name
-from pituning.metrics import boxes, captions, classification, summaries, text, vqa
+from pituning.metrics import boxes, captions, classification, scenes, summaries, text, vqa
 
 Answers = Literal["choice", "box", "text", "references", "soft"]
 
@@ -32,6 +32,7 @@ _METRICS = {
     **{name: Metric(name, "box", compute) for name, compute in boxes.METRICS.items()},
     **{name: Metric(name, "text", compute) for name, compute in text.METRICS.items()},
     **{name: Metric(name, "references", compute) for name, compute in captions.METRICS.items()},
+    **{name: Metric(name, "references", compute) for name, compute in scenes.METRICS.items()},
     **{name: Metric(name, "references", compute) for name, compute in summaries.METRICS.items()},
     **{name: Metric(name, "soft", compute) for name, compute in vqa.METRICS.items()},
 }

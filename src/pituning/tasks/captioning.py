@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import ClassVar
 
 from pituning.data.cleaning import clean_answer
 from pituning.data.records import JOINT, Records
@@ -28,7 +29,7 @@ class Captioning(Kind):
     columns = MappingProxyType({"key": 1, "image": 4, "caption": 2})
     optional = frozenset({"key"})
     aliases = MappingProxyType({"key": ("image_id",), "caption": ("captions", "text")})
-    metrics = ("CIDEr-D", "BLEU-4")
+    metrics: ClassVar[tuple[str, ...]] = ("CIDEr-D", "BLEU-4")
     generation = MappingProxyType({"num_beams": 5, "max_new_tokens": 16, "no_repeat_ngram_size": 3})
     submission = ("image_id", "caption")
 

@@ -109,6 +109,7 @@ class SceneClassification(ImageClassification):
 class SceneCaptioning(Captioning):
     """Captions of scenes, which may be longer than COCO's."""
 
+    metrics = (*Captioning.metrics, "objects-named")
     generation = MappingProxyType({**Captioning.generation, "max_new_tokens": 32})
 
 
@@ -185,7 +186,6 @@ _BIG = (
         for rows in ("group", "style", "object", "count")
     ),
 )
-TASKS = (*_BIG, *(replace(task, name=task.name + SMALL_SUFFIX, vocabulary="small") for task in _BIG))
 
 PRETRAINING: Mapping[str, tuple[str, tuple[str, ...], Callable[[Source], Kind]]] = {
     "grounding": ("grounding", _TEXT_AND_BOX, lambda source: Grounding()),
@@ -196,6 +196,39 @@ PRETRAINING: Mapping[str, tuple[str, tuple[str, ...], Callable[[Source], Kind]]]
 }
 """Kinds of pretraining: grounding by names, places and looks (relations are left to be learned), grounding by unique names
 alone (detection), captions, questions, and names of single things."""
+
+
+@dataclass(frozen=True)
+class HeldOutPretraining:
+    """What pretraining learns, by name, on scenes that it has not seen: see :func:`pretraining_task`.
+
+    Attributes:
+        kind: a name in :data:`PRETRAINING`.
+        vocabulary: ``small`` or ``full``.
+    """
+
+    name: str
+    kind: str
+    vocabulary: Vocabulary = "full"
+
+    folders: tuple[str, ...] = ()
+    hub: tuple[str, str | None] | None = None
+
+    def is_in(self, folder: Path) -> bool:
+        """No folder holds it: it has no files."""
+        return False
+
+    def load(self, folder: Path | None) -> Task:
+        """The task, which has a ``test`` split alone."""
+        return replace(pretraining_task(self.kind, vocabulary=self.vocabulary, split="pretrain-val"), name=self.name)
+
+
+_ALL: tuple[EmojiTask | HeldOutPretraining, ...] = (
+    *_BIG,
+    *(HeldOutPretraining(f"emoji-pretraining-{kind}", kind) for kind in PRETRAINING),
+)
+TASKS = (*_ALL, *(replace(task, name=task.name + SMALL_SUFFIX, vocabulary="small") for task in _ALL))
+"""Everything on scenes that has a name: the tasks in miniature, and what pretraining learns, held out."""
 
 
 def emoji_task(
