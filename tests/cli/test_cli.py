@@ -42,6 +42,7 @@ VERBS = [
     "verify",
     "push",
     "pull",
+    "pretrain",
     "run",
     "validate",
     "convert",

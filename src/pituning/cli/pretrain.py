@@ -26,7 +26,11 @@ def pretrain(
         int | None,
         typer.Option(metavar="N", min=1, help="Stop at this step and keep a checkpoint; --resume goes on to the end."),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 …")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, or cuda.")] = "cpu",
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Processes that draw pictures; default: what the recipe says."),
+    ] = None,
 ) -> None:
     """Train a small OFA from nothing on emoji scenes: grounding, captions, questions, names and infilling at once.
 
@@ -45,6 +49,8 @@ def pretrain(
         loaded = load_recipe(recipe)
     if not isinstance(loaded, PretrainRecipe):
         raise typer.BadParameter(f"{recipe} pretrains nothing: use `pituning run {recipe}`")
+    if workers is not None:
+        loaded = loaded.model_copy(update={"workers": workers})
     record = run(loaded, folder, resume=resume, steps=steps, device=device, progress=not output.quiet)
     model = (folder or Path(loaded.output)) / MODEL_FOLDER
     output.result(
