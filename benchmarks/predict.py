@@ -4,9 +4,9 @@
 
 For every target, every draw of 16 shots per class and every expert of another task: the target's test accuracy after the
 expert was fine-tuned on the shots, minus that of the own expert after as many steps from the common start. One rate for each
-of the two, fixed beforehand; no choice is made on test figures. Experts are trained on 1,000 rows of
-their tasks. Every
-figure is kept in the work folder as soon as it is there; a run that is begun again goes on.
+of the two, fixed beforehand; no choice is made on test figures. Experts are trained on 1,000 rows of their tasks. Every
+figure is kept in the work folder as soon as it is there; a run that is begun again goes on. Processes may share a work folder
+if each has targets of its own (`--tasks`) and the experts are there.
 
 The truth is a mean over draws, and has noise: the *ceiling* is the rank correlation between the gains of two halves of the
 draws, corrected for the halving (Spearman–Brown), averaged over all splits. Against the truth stand Spearman's ρ, NDCG@3 and

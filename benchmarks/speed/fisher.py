@@ -1,11 +1,12 @@
 """The exact Fisher diagonal against plain forward+backward over the same batches, and against the one-example loop.
 
-Run: python benchmarks/speed/fisher.py [--examples 128] [--batch 32] [--tokens 32] [--repeats 10] [--threads 2]
+Run: python benchmarks/speed/fisher.py [--examples 128] [--batch 32] [--tokens 32] [--hidden 384] [--layers 6] [--repeats 10]
+[--threads 2] [--device cpu]
 
-The backbone has MiniLM-L6's shape with random weights (6 layers, hidden 384, 12 heads, FFN 1536); experts are LoRA r = 8 on
-query and value, and bottleneck r = 64. In every repeat the three cases run once, in a shuffled order, on the same examples; the
-table shows the median of the ratios of the same repeat and its 95 % bootstrap interval. Memory is the peak of a process of its
-own, above what it held when the model was built, sampled every millisecond.
+The backbone has MiniLM-L6's shape with random weights (6 layers, hidden 384, heads of 32, FFN 1536) unless told otherwise;
+experts are LoRA r = 8 on query and value, and bottleneck r = 64. In every repeat the three cases run once, in a shuffled order,
+on the same examples; the table shows the median of the ratios of the same repeat and its 95 % bootstrap interval. Memory is
+the peak of a process of its own, above what it held when the model was built, sampled every millisecond.
 """
 
 from __future__ import annotations
@@ -39,22 +40,26 @@ CASES = ("fisher", "plain", "loop")
 class Backbone(EncoderBackbone):
     """Examples are random token ids, so that no tokenizer takes part."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, hidden: int, layers: int, device: str) -> None:
         torch.manual_seed(0)
         config = BertConfig(
-            hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=30522
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 32,
+            intermediate_size=4 * hidden,
+            vocab_size=30522,
         )
-        super().__init__("MiniLM-shaped", BertModel(config), tokenizer=None)
+        super().__init__("MiniLM-shaped", BertModel(config), tokenizer=None, device=device)
         self.tokens = tokens
-        self.labels = torch.nn.functional.normalize(torch.randn(2, 384), dim=1)
+        self.labels = torch.nn.functional.normalize(torch.randn(2, hidden), dim=1).to(device)
 
     def collate(self, examples: Any) -> dict[str, Any]:
         rows = [torch.randint(1000, 30000, (self.tokens,), generator=_seeded(e.id)) for e in examples]
         return {
-            "input_ids": torch.stack(rows),
-            "attention_mask": torch.ones(len(rows), self.tokens, dtype=torch.long),
+            "input_ids": torch.stack(rows).to(self.device),
+            "attention_mask": torch.ones(len(rows), self.tokens, dtype=torch.long, device=self.device),
             "label_embeddings": self.labels,
-            "target": torch.tensor([e.label for e in examples]),
+            "target": torch.tensor([e.label for e in examples], device=self.device),
         }
 
 
@@ -62,12 +67,12 @@ def _seeded(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(name))
 
 
-def build(method: str, examples: int, tokens: int) -> tuple[Backbone, Expert, list[Example]]:
-    backbone = Backbone(tokens)
+def build(method: str, arguments: argparse.Namespace) -> tuple[Backbone, Expert, list[Example]]:
+    backbone = Backbone(arguments.tokens, arguments.hidden, arguments.layers, arguments.device)
     config = config_dict(make_config(method, backbone))
     initial = initial_tensors(backbone, config)
-    tensors = {k: t + 0.01 * torch.randn(t.shape, generator=_seeded("1")) for k, t in initial.items()}
-    made = [Example(str(n), (), "", "ab"[n % 2], ("a", "b")) for n in range(examples)]
+    tensors = {k: t.cpu() + 0.01 * torch.randn(t.shape, generator=_seeded("1")) for k, t in initial.items()}
+    made = [Example(str(n), (), "", "ab"[n % 2], ("a", "b")) for n in range(arguments.examples)]
     return backbone, Expert(tensors, config, ExpertCard(method)), made
 
 
@@ -90,7 +95,7 @@ def run(case: str, backbone: Backbone, expert: Expert, examples: list[Example], 
 
 
 def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    backbone, expert, examples = build(method, arguments.examples, arguments.tokens)
+    backbone, expert, examples = build(method, arguments)
     fisher = run("fisher", backbone, expert, examples, arguments.batch)
     loop = run("loop", backbone, expert, examples, arguments.batch)
     error = max(float((fisher[k] - loop[k]).norm() / loop[k].norm()) for k in loop)
@@ -101,6 +106,8 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         for case in order:
             start = time.perf_counter()
             run(case, backbone, expert, examples, arguments.batch)
+            if arguments.device != "cpu":
+                torch.cuda.synchronize()
             if repeat >= 0:
                 times[case].append(time.perf_counter() - start)
     memory = {case: _peak(method, case, arguments) for case in ("plain", "fisher")}
@@ -116,7 +123,7 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _peak(method: str, case: str, arguments: argparse.Namespace) -> float:
     command = [sys.executable, __file__, "--only", f"{method}:{case}"]
-    for name in ("examples", "batch", "tokens", "threads"):
+    for name in ("examples", "batch", "tokens", "hidden", "layers", "threads"):
         command += [f"--{name}", str(getattr(arguments, name))]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -149,14 +156,16 @@ def _ratio(left: list[float], right: list[float]) -> tuple[float, float, float]:
 def main() -> None:
     """Measure and print a table on standard error and JSON on standard output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("examples", 128), ("batch", 32), ("tokens", 32), ("repeats", 10), ("threads", 2)):
+    defaults = {"examples": 128, "batch": 32, "tokens": 32, "hidden": 384, "layers": 6, "repeats": 10, "threads": 2}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu", help="memory is that of a process on the CPU in any case")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.only:
         method, case = arguments.only.split(":")
-        built = build(method, arguments.examples, arguments.tokens)
+        built = build(method, arguments)
         print(_peak_above_now(lambda: run(case, *built, arguments.batch)))
         return
     results = {method: measure(method, arguments) for method in ("lora", "bottleneck")}

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from pituning.errors import RecipeError
+from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.experiments.recipe import ARMS, Recipe, load_recipe
 from pituning.experiments.table_recipe import TableRecipe
+from pituning.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,8 +18,43 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid_and_open_with_their_command(path: Path) -> None:
     recipe = load_recipe(path)
-    assert path.read_text(encoding="utf-8").splitlines()[0] == f"# pituning run {path.relative_to(ROOT)}"
-    assert isinstance(recipe, TableRecipe) or set(recipe.arms) <= set(ARMS)
+    verb = "pretrain" if isinstance(recipe, PretrainRecipe) else "run"
+    assert path.read_text(encoding="utf-8").splitlines()[0] == f"# pituning {verb} {path.relative_to(ROOT)}"
+    assert isinstance(recipe, TableRecipe | PretrainRecipe) or set(recipe.arms) <= set(ARMS)
+
+
+def test_the_recipe_on_emoji_scenes_needs_nothing_but_its_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "emoji-demo.yaml")
+    assert isinstance(recipe, Recipe)
+    monkeypatch.chdir(tmp_path)
+    assert [missing.split(":")[0] for missing in recipe.missing_inputs()] == ["backbone"]
+    (tmp_path / recipe.backbone).mkdir(parents=True)
+    assert recipe.missing_inputs() == []
+    assert 5 <= len(recipe.pool.tasks) <= 7
+    assert {load_task(name).kind for name in recipe.pool.tasks} >= {"grounding", "captioning", "visual entailment"}
+
+
+def test_a_gallery_needs_what_it_shows(tmp_path: Path) -> None:
+    path = tmp_path / "gallery.yaml"
+    text = "title: x\ntarget: sst2\npool: {folder: p, tasks: [cr]}\noutput: o\n"
+    path.write_text(f"{text}gallery: 4\narms: [own]\ngallery_tasks: [trec6]\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert "2 problem(s)" in str(caught.value)
+    assert "gallery needs arm 'pi'" in str(caught.value)
+    assert "'trec6' is none of the pool's tasks: cr" in str(caught.value)
+    path.write_text(f"{text}gallery_tasks: [cr]\n")
+    with pytest.raises(RecipeError, match="gallery_tasks needs gallery"):
+        load_recipe(path)
+
+
+def test_a_gallery_of_a_task_without_pictures_is_a_missing_input(tmp_path: Path) -> None:
+    path = tmp_path / "gallery.yaml"
+    path.write_text("title: x\ntarget: movie_quotes\npool: {folder: p, tasks: [word_tone]}\noutput: o\ngallery: 4\n")
+    recipe = load_recipe(path)
+    assert recipe.missing_inputs() == ["gallery: task 'movie_quotes' has no pictures"]
 
 
 def test_every_problem_is_listed(tmp_path: Path) -> None:
@@ -64,4 +101,5 @@ def test_digest_follows_what_changes_a_result(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
     assert isinstance(recipe, Recipe)
     assert recipe.digest() == recipe.model_copy(update={"draws": (7,), "title": "other"}).digest()
+    assert recipe.digest() == recipe.model_copy(update={"gallery": 4, "gallery_tasks": ("cr",)}).digest()
     assert recipe.digest() != recipe.model_copy(update={"shots": 4}).digest()

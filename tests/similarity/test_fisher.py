@@ -203,11 +203,21 @@ def test_only_sums_over_the_batch_are_kept() -> None:
     gradients, weights = torch.randn(5, 3, 2, generator=generator), torch.rand(5, generator=generator)
     squares = Squares(torch.tensor([1, 0, 1, 0, 1]))
     for _ in range(2):
-        squares.add("w", gradients)
+        squares.add("w", gradients.clone())  # what is added is used up
         squares.close(weights)
     for total, rows in zip(squares.totals, ((1, 3), (0, 2, 4)), strict=True):
         slow = sum(2 * weights[i].double() * gradients[i].double() ** 2 for i in rows)
-        torch.testing.assert_close(total["w"], slow, rtol=1e-12, atol=0)
+        torch.testing.assert_close(total["w"], slow, rtol=1e-6, atol=0)  # squared in float32, summed in float64
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-22, 1e-30])
+def test_gradients_whose_squares_float32_cannot_hold_are_not_lost(scale: float) -> None:
+    gradients = scale * torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    squares = Squares(torch.tensor([1, 1, 0, 1]))
+    squares.add("w", gradients.clone())
+    squares.close(torch.ones(4))
+    torch.testing.assert_close(squares.totals[0]["w"], gradients[2].double() ** 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(squares.totals[1]["w"], (gradients[[0, 1, 3]].double() ** 2).sum(0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])

@@ -33,10 +33,15 @@ class _Strict(BaseModel):
 
 
 class PoolSection(_Strict):
-    """Where the pool lies and what it is made of; missing experts are trained."""
+    """Where the pool lies and what it is made of; missing experts are trained.
+
+    Attributes:
+        examples: training examples of each expert at most, a fixed sample; without it all of its task's.
+    """
 
     folder: str
     tasks: tuple[str, ...] = Field(min_length=1)
+    examples: int | None = Field(default=None, ge=1)
     epochs: float = Field(default=3, gt=0)
     learning_rate: float = Field(default=1e-3, gt=0)
 
@@ -66,7 +71,13 @@ class InterpolationSection(_Strict):
 
 
 class Recipe(_Strict):
-    """One experiment: a target, a pool, the arms and the seeds."""
+    """One experiment: a target, a pool, the arms and the seeds.
+
+    Attributes:
+        backbone: a short name, a hub id, or a folder; a relative one lies in the working directory.
+        gallery: test pictures of the target that the report shows with the answers of the bare backbone and of π.
+        gallery_tasks: tasks of the pool of which it shows as many, with the answers of the bare backbone and their expert.
+    """
 
     title: str
     target: str
@@ -82,6 +93,8 @@ class Recipe(_Strict):
     search: SearchSection = SearchSection()
     interpolation: InterpolationSection = InterpolationSection()
     ceiling: bool = True
+    gallery: int = Field(default=0, ge=0)
+    gallery_tasks: tuple[str, ...] = ()
     output: str
 
     @model_validator(mode="after")
@@ -103,6 +116,15 @@ class Recipe(_Strict):
             problems.append(f"the target {self.target!r} is among the pool's tasks")
         if "pi" in self.arms and "own" not in self.arms:
             problems.append("arm 'pi' needs arm 'own'")
+        if self.gallery and "pi" not in self.arms:
+            problems.append("gallery needs arm 'pi': it shows what π answers")
+        if self.gallery_tasks and not self.gallery:
+            problems.append("gallery_tasks needs gallery, the number of pictures of each task")
+        problems += [
+            f"gallery_tasks: {name!r} is none of the pool's tasks: {', '.join(self.pool.tasks)}"
+            for name in self.gallery_tasks
+            if name not in self.pool.tasks
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -112,14 +134,17 @@ class Recipe(_Strict):
         missing = missing_backbone(self.backbone)
         for name in (self.target, *self.pool.tasks):
             try:
-                load_task(name)
+                task = load_task(name)
+                if self.gallery and name in (self.target, *self.gallery_tasks) and task.split("test")[0].image is None:
+                    missing.append(f"gallery: task {name!r} has no pictures")
             except PituningError as error:
                 missing.append(str(error))
         return missing
 
     def digest(self) -> str:
         """Hash of whatever changes an arm's value: cached cells are reused only under the same digest."""
-        values = self.model_dump(mode="json", exclude={"title", "draws", "training_seeds", "arms", "ceiling", "output"})
+        shown = {"title", "draws", "training_seeds", "arms", "ceiling", "gallery", "gallery_tasks", "output"}
+        values = self.model_dump(mode="json", exclude=shown)
         return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:10]
 
 

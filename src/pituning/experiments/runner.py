@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,20 +19,23 @@ from typing import Any
 from scipy.stats import t as student
 
 from pituning.backbones import Backbone, load_backbone
-from pituning.data.overlap import Overlap
+from pituning.data.images import open_image
+from pituning.data.overlap import Overlap, find_overlaps
 from pituning.errors import PituningError, RecipeError
+from pituning.example import Example
 from pituning.experiments.cells import write_json
 from pituning.experiments.controls import Draw, own_cache
 from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.experiments.recipe import ARMS, Recipe, load_recipe
 from pituning.experiments.table_recipe import TableRecipe
+from pituning.experts.expert import Expert
 from pituning.experts.pool import ExpertPool
 from pituning.similarity.embedding import embed_task, pool_embedding, shared_reference
 from pituning.similarity.graph import task_graph
 from pituning.similarity.measures import FISHER_KINDS
 from pituning.similarity.select import audit_pool, rank_experts
 from pituning.tasks.task import Task, load_task
-from pituning.training.evaluation import evaluate
+from pituning.training.evaluation import Evaluation, evaluate, predict
 from pituning.training.precision import precision
 from pituning.training.progress import progress_bar
 from pituning.training.train_expert import FULL_DATA, train_expert
@@ -52,7 +58,8 @@ def run_recipe(
         the results as written to ``results.json``, with ``report``, the path of the page.
 
     Raises:
-        RecipeError: if the recipe is not valid.
+        RecipeError: if the recipe is not valid, wants a gallery of a task without pictures, or finds an expert in its pool
+            that was trained on another number of examples than it says.
         DataError: if the data of a task cannot be found.
     """
     recipe = load_recipe(path)
@@ -68,14 +75,20 @@ def run_recipe(
     backbone = load_backbone(recipe.backbone)
     target = load_task(recipe.target)
     # every task's data are read before the first training step: a missing file must not cost an hour
-    tasks = {name: load_task(name) for name in recipe.pool.tasks}
+    tasks = {name: _capped(load_task(name), recipe.pool.examples) for name in recipe.pool.tasks}
+    _require_pictures(recipe, target, tasks)
+    draws = [target.few_shot(recipe.shots, seed) for seed in recipe.draws]
     with _steps(progress) as step, precision(backbone, recipe.precision):
         pool = _train_pool(recipe, backbone, tasks, step)
-        cells = _cells(recipe, backbone, target, pool, folder, step)
+        cells = _cells(recipe, backbone, draws, pool, folder, step)
         ceiling = _ceiling(recipe, backbone, target, folder, step) if recipe.ceiling else None
+        galleries = _galleries(recipe, backbone, target, tasks, pool, folder, step) if recipe.gallery else []
     with _steps(progress) as step:
         step("task graph", 0, 1)
-        results = _compare(recipe, backbone, target, pool, cells, ceiling)
+        results = _compare(recipe, draws, cells, ceiling)
+        results |= _map_of_tasks(recipe, backbone, draws[0], _Only(pool, recipe.pool.tasks))
+        step("leak audit", 0, 1)
+        results["audit"] = _audit(_Only(pool, recipe.pool.tasks), target, tasks, draws, recipe.test_limit)
     results |= {
         "command": f"pituning run {path}",
         "seconds": round(time.perf_counter() - start, 1),
@@ -85,7 +98,7 @@ def run_recipe(
     }
     from pituning.report import write_report
 
-    results["report"] = str(write_report(results, folder))
+    results["report"] = str(write_report(results | {"gallery": galleries}, folder))
     write_json(folder / "results.json", results)
     return results
 
@@ -103,6 +116,21 @@ def paired_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
     return mean, mean - half, mean + half
 
 
+def _capped(task: Task, examples: int | None) -> Task:
+    """The task with a fixed sample of its training split."""
+    return task if examples is None else replace(task, splits={**task.splits, "train": task.split("train", examples)})
+
+
+def _require_pictures(recipe: Recipe, target: Task, tasks: Mapping[str, Task]) -> None:
+    for task in (target, *(tasks[name] for name in recipe.gallery_tasks)):
+        if recipe.gallery and not _has_pictures(task):
+            raise RecipeError(f"gallery: the test examples of task {task.name!r} have no pictures to show")
+
+
+def _has_pictures(task: Task) -> bool:
+    return task.split("test")[0].image is not None
+
+
 def _train_pool(recipe: Recipe, backbone: Backbone, tasks: Mapping[str, Task], step: Any) -> ExpertPool:
     pool = ExpertPool(recipe.pool.folder)
     settings = FULL_DATA.with_(epochs=recipe.pool.epochs, learning_rate=recipe.pool.learning_rate)
@@ -110,31 +138,45 @@ def _train_pool(recipe: Recipe, backbone: Backbone, tasks: Mapping[str, Task], s
         step(f"expert for {name}", index, len(tasks))
         if name not in pool.names():
             expert = train_expert(backbone, task, recipe.method, settings=settings)
-            result = evaluate(backbone, expert, task, limit=500)
+            result = evaluate(backbone, expert, task, limit=min(500, recipe.test_limit or 500))
             pool.add(expert.with_card(metrics={**expert.card.metrics, f"test {task.metric}": result.value}))
-        else:
-            pool.load(name).require_backbone(backbone)
+            continue
+        expert, wanted = pool.load(name), len(task.split("train"))
+        expert.require_backbone(backbone)
+        if recipe.pool.examples is not None and expert.card.training.get("examples", wanted) != wanted:
+            raise RecipeError(
+                f"pool {pool.folder}: expert {name!r} was trained on {expert.card.training['examples']} examples, the recipe "
+                f"says {wanted}; remove the expert's folder, or name another folder for the pool"
+            )
     return pool
 
 
 def _cells(
-    recipe: Recipe, backbone: Backbone, target: Task, pool: ExpertPool, folder: Path, step: Any
+    recipe: Recipe, backbone: Backbone, draws: Sequence[Task], pool: ExpertPool, folder: Path, step: Any
 ) -> dict[str, list[dict[str, Any]]]:
     cells: dict[str, list[dict[str, Any]]] = {arm: [] for arm in recipe.arms}
     store = folder / "cells"
     store.mkdir(exist_ok=True)
     total = len(recipe.draws) * len(recipe.arms)
-    for number, seed in enumerate(recipe.draws):
-        task = target.few_shot(recipe.shots, seed)
+    for number, task in enumerate(draws):
         draw = Draw(recipe, backbone, task, _Only(pool, recipe.pool.tasks), own_cache(folder))
         for index, arm in enumerate(recipe.arms):
-            step(f"draw {seed}: {ARMS[arm][0]}", number * len(recipe.arms) + index, total)
+            step(f"draw {task.seed}: {ARMS[arm][0]}", number * len(recipe.arms) + index, total)
             seeds = "".join(map(str, recipe.training_seeds))
-            path = store / f"{recipe.digest()}.{arm}.{seed}.{seeds}.json"
-            if not path.is_file():
+            path = store / f"{recipe.digest()}.{arm}.{task.seed}.{seeds}.json"
+            # a gallery of the first draw shows what π answers, which its cell does not hold
+            expert_missing = (
+                arm == "pi" and recipe.gallery and not number and _pi_name(recipe, task.seed) not in draw.cache.names()
+            )
+            if not path.is_file() or expert_missing:
                 write_json(path, _cell(draw, arm, recipe.test_limit))
             cells[arm].append(json.loads(path.read_text(encoding="utf-8")))
     return cells
+
+
+def _pi_name(recipe: Recipe, draw: int) -> str:
+    """What π's expert of the first training seed is called beside the own experts."""
+    return f"pi-{recipe.digest()}-{draw}-{recipe.training_seeds[0]}"
 
 
 class _Only(ExpertPool):
@@ -152,12 +194,19 @@ def _cell(draw: Draw, arm: str, limit: int | None) -> dict[str, Any]:
     start = time.perf_counter()
     result = draw.run(arm)
     evaluations = [evaluate(draw.backbone, expert, draw.task, "test", limit) for expert in result.experts]
+    if arm == "pi" and draw.recipe.gallery and (expert := result.experts[0]):
+        expert.save(draw.cache.folder / _pi_name(draw.recipe, draw.task.seed))
     return {
         "values": [e.value for e in evaluations],
-        "log_loss": [e.metrics["log-loss"] for e in evaluations],
+        "log_loss": [_log_loss(e) for e in evaluations],
         "seconds": round(time.perf_counter() - start, 1),
         "details": dict(result.details),
     }
+
+
+def _log_loss(found: Evaluation) -> float | None:
+    """None where no example has a right answer that may be given, and so no log-loss."""
+    return None if all(map(math.isnan, found.losses)) else found.metrics["log-loss"]
 
 
 def _ceiling(recipe: Recipe, backbone: Backbone, target: Task, folder: Path, step: Any) -> dict[str, Any]:
@@ -173,14 +222,43 @@ def _ceiling(recipe: Recipe, backbone: Backbone, target: Task, folder: Path, ste
     return values
 
 
-def _compare(
+def _galleries(
     recipe: Recipe,
     backbone: Backbone,
     target: Task,
+    tasks: Mapping[str, Task],
     pool: ExpertPool,
+    folder: Path,
+    step: Any,
+) -> list[dict[str, Any]]:
+    """What the bare backbone answers beside π of the first draw, and for tasks of the pool beside their expert."""
+    from pituning.report.gallery import make_gallery
+
+    first, found = recipe.draws[0], []
+    wanted = {target.name: target, **{name: tasks[name] for name in recipe.gallery_tasks}}
+    for number, (name, task) in enumerate(wanted.items()):
+        step(f"gallery of {name}", number, len(wanted))
+        seeds = f"{first}.{recipe.training_seeds[0]}"
+        path = folder / "cells" / f"{recipe.digest()}.gallery.{name}.{recipe.gallery}.{seeds}.json"
+        if not path.is_file():
+            expert, after = pool.load(name) if name in tasks else None, f"the pool's expert for {name}"
+            if expert is None:
+                expert = Expert.load(own_cache(folder).folder / _pi_name(recipe, first))
+                after = f"π, from {recipe.shots} shots (draw {first})"
+            bare, carried = (predict(backbone, e, task, "test", recipe.test_limit) for e in (None, expert))
+            names = f"{backbone.name}, no expert", after
+            write_json(path, make_gallery(task, bare, carried, recipe.gallery, names=names).record())
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def _compare(
+    recipe: Recipe,
+    draws: Sequence[Task],
     cells: Mapping[str, list[dict[str, Any]]],
     ceiling: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    target, shots = draws[0], len(draws[0].split("train"))
     means = {arm: [statistics.fmean(c["values"]) for c in found] for arm, found in cells.items()}
     results: dict[str, Any] = {
         "title": recipe.title,
@@ -190,6 +268,7 @@ def _compare(
         "method": recipe.method,
         "shots": recipe.shots,
         "choices": len(target.choices),
+        "shots_per_class": shots != recipe.shots,  # of VQA a shot is one question, though its answers are closed
         "precision": recipe.precision,
         "training_seeds": len(recipe.training_seeds),
         "arms": [
@@ -198,7 +277,7 @@ def _compare(
                 "label": ARMS[arm][0],
                 "description": ARMS[arm][1],
                 "values": means[arm],
-                "log_loss": [statistics.fmean(c["log_loss"]) for c in cells[arm]],
+                "log_loss": [None if None in c["log_loss"] else statistics.fmean(c["log_loss"]) for c in cells[arm]],
             }
             for arm in recipe.arms
         ],
@@ -210,10 +289,6 @@ def _compare(
         results["differences"] = [_difference(means, rival) for rival in RIVALS if rival in means]
         results |= _pi_details(cells["pi"][0]["details"])
     results["summary"] = _summary(results)
-    task = target.few_shot(recipe.shots, recipe.draws[0])
-    view = _Only(pool, recipe.pool.tasks)
-    results |= _map_of_tasks(recipe, backbone, task, view)
-    results["audit"] = _audit(view, target)
     return results
 
 
@@ -238,13 +313,18 @@ def _summary(results: Mapping[str, Any]) -> str:
     by_name = {arm["name"]: statistics.fmean(arm["values"]) for arm in results["arms"]}
     if "pi" not in by_name:
         return ""
-    text = f"π reaches {by_name['pi']:.1%} {results['metric']} on {results['target']} "
-    text += f"from {results['shots']} examples{' per class' * bool(results['choices'])}"
+    from pituning.report.content import Metric
+
+    metric = Metric(results["metric"])
+    text = f"π reaches {metric.plain(by_name['pi'])}{metric.unit} {metric.name} on {results['target']} "
+    text += f"from {results['shots']} examples{' per class' * results['shots_per_class']}"
     for difference in results["differences"]:
         interval = ""
         if difference["low"] is not None:
-            interval = f" (95 % interval {100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
-        text += f"; {100 * difference['mean']:+.1f} points against {ARMS[difference['rival']][0]}{interval}"
+            low, high = metric.signed(difference["low"]), metric.signed(difference["high"])
+            interval = f" (95 % interval {low} to {high})"
+        gain = f"{metric.signed(difference['mean'])} {metric.difference_unit}"
+        text += f"; {gain} against {ARMS[difference['rival']][0]}{interval}"
     return text + "."
 
 
@@ -267,7 +347,12 @@ def _map_of_tasks(recipe: Recipe, backbone: Backbone, task: Task, pool: ExpertPo
     }
 
 
-def _audit(pool: ExpertPool, target: Task) -> dict[str, Any]:
+def _audit(
+    pool: ExpertPool, target: Task, tasks: Mapping[str, Task], draws: Sequence[Task], limit: int | None
+) -> dict[str, Any]:
+    """Near-duplicate texts; for a target with pictures, whether an expert has seen them."""
+    if _has_pictures(target):
+        return picture_audit(target, tasks, draws, limit)
     report = audit_pool(pool, target)
     overlaps: list[dict[str, Any]] = []
     for name, found in report.items():
@@ -275,6 +360,53 @@ def _audit(pool: ExpertPool, target: Task) -> dict[str, Any]:
             raise PituningError(f"the pool's task {name!r} cannot be audited: {found}")
         overlaps += [vars(o) for o in found if isinstance(o, Overlap)]
     return {"checked": len(report), "overlaps": overlaps}
+
+
+def picture_audit(target: Task, tasks: Mapping[str, Task], draws: Sequence[Task], limit: int | None) -> dict[str, Any]:
+    """The target's test pictures and shots against all training pictures of the pool, pixel by pixel.
+
+    Tasks may share training pictures, as those on COCO do, and short texts of different pictures ("leftmost snail") may well
+    be equal: a leak is the same text about the same picture, or any test picture that an expert was trained on.
+    """
+    from pituning.report.gallery import shows_scenes
+
+    shots = {e.id: e for task in draws for e in task.split("train")}
+    asked = {"test": target.split("test", limit), "shots": tuple(shots.values())}
+    known: dict[bytes, list[tuple[str, Example]]] = defaultdict(list)
+    for part, examples in asked.items():
+        for example in examples:
+            known[_pixels(example)].append((part, example))
+    seen: dict[str, set[str]] = {part: set() for part in asked}
+    training, overlaps = 0, []
+    for task in tasks.values():
+        for example in (e for e in task.split("train") if e.image is not None):
+            training += 1
+            for part, mine in known.get(_pixels(example), ()):
+                seen[part].add(mine.id)
+                overlaps += [vars(o) for o in _same_text(mine, example)]
+    return {
+        "checked": len(tasks),
+        "overlaps": sorted(overlaps, key=lambda o: (-o["similarity"], o["left"], o["right"])),
+        "pictures": {
+            "training": training,
+            **{part: len(examples) for part, examples in asked.items()},
+            **{f"{part}_seen": len(ids) for part, ids in seen.items()},
+        },
+        "disjoint_scenes": all(map(shows_scenes, (target, *tasks.values()))),
+    }
+
+
+def _pixels(example: Example) -> bytes:
+    assert example.image is not None
+    picture = open_image(example.image, example.id)
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
+
+
+def _same_text(left: Example, right: Example) -> list[Overlap]:
+    """Two questions about one picture, if their texts are near-duplicates or neither has any."""
+    if not any((*left.texts, *right.texts)):
+        return [Overlap(left.id, right.id, left.prompt.strip(), right.prompt.strip(), 1.0)]
+    return find_overlaps([left], [right])
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pituning.errors import PituningError
 
 Numbers = NDArray[np.float64]
-_PERCENT = ("accuracy", "macro-F1", "F1", "f1", "exact-match", "acc@0.5")
+_PERCENT = ("accuracy", "macro-F1", "F1", "f1", "exact-match", "acc@0.5", "vqa-accuracy", "objects-named")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from pituning.report import plots, tables
 from pituning.report.content import Arm, Content, read_content
+from pituning.report.gallery import galleries_html, read_gallery
 from pituning.report.images import NAMES, write_images
 from pituning.report.layout import without_common_prefix
 
@@ -44,7 +45,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
 def render(results: Mapping[str, Any], content: Content) -> str:
     """The page's HTML, given a results mapping and what :func:`read_content` made of it."""
     parts: list[Callable[[Mapping[str, Any], Content], Section | None]] = [
-        _results, _differences, _ranking, _graph, _weights, _candidates, _audit, _origin,
+        _results, _differences, _gallery, _ranking, _graph, _weights, _candidates, _audit, _origin,
     ]  # fmt: skip
     sections = [section for part in parts if (section := part(results, content))]
     template = Template(files("pituning.report").joinpath("page.html").read_text(encoding="utf-8"))
@@ -122,6 +123,11 @@ def _differences(results: Mapping[str, Any], content: Content) -> Section | None
     return "Differences", f'<p class="note">{note}</p>\n{chart}\n{tables.differences_table(content)}'
 
 
+def _gallery(results: Mapping[str, Any], _: Content) -> Section | None:
+    galleries = [read_gallery(record) for record in results.get("gallery") or ()]
+    return ("Gallery", galleries_html(galleries)) if galleries else None
+
+
 def _ranking(_: Mapping[str, Any], content: Content) -> Section | None:
     ranking = content.ranking
     if ranking is None:
@@ -137,7 +143,7 @@ def _graph(_: Mapping[str, Any], content: Content) -> Section | None:
     if graph is None:
         return None
     note = (
-        f"Similar tasks ({escape(graph.kind)}) tend to lie near each other; a wider, darker line is a stronger "
+        f"Similar tasks ({escape(graph.kind)}) tend to lie near each other; a wider, bolder line is a stronger "
         "similarity. Only the strongest lines of each task are drawn. "
         f'<b style="color: var(--pi)">{escape(graph.target)}</b> is the target.'
     )
@@ -150,7 +156,7 @@ def _weights(_: Mapping[str, Any], content: Content) -> Section | None:
         return None
     middle = f"an equal share (1/{len(weights.experts)})" if weights.sums_to_one else "zero"
     prefix = without_common_prefix(weights.groups)[0]
-    note = f"Weight of each expert in each part of the backbone; white is {middle}."
+    note = f"Weight of each expert in each part of the backbone; a cell without colour is {middle}."
     note += f" All names begin with <code>{escape(prefix)}</code>" if prefix else ""
     note += f"<br>{escape(weights.note)}" if weights.note else ""
     return "Weights", f'<p class="note">{note}</p>\n{_chart(plots.weights_figure(weights), "weights", "weights.png")}'
@@ -169,10 +175,30 @@ def _audit(results: Mapping[str, Any], content: Content) -> Section | None:
     if not audit:
         return None
     overlaps = audit.get("overlaps") or ()
+    if audit.get("pictures"):
+        note = _picture_audit(audit, escape(content.target))
+        return "Leak audit", f"<p>{note}</p>" + (tables.overlaps_table(overlaps) if overlaps else "")
     sets = f"{int(audit['checked']):,} data sets were" if int(audit["checked"]) != 1 else "1 data set was"
     found = f"{len(overlaps):,} near-duplicate{'s' if len(overlaps) != 1 else ''}" if overlaps else "no near-duplicates"
     note = f"{sets} compared with {escape(content.target)} sentence by sentence: {found} found."
     return "Leak audit", f"<p>{note}</p>" + (tables.overlaps_table(overlaps) if overlaps else "")
+
+
+def _picture_audit(audit: Mapping[str, Any], target: str) -> str:
+    training, test, shots, test_seen, shots_seen = (
+        int(audit["pictures"][key]) for key in ("training", "test", "shots", "test_seen", "shots_seen")
+    )
+    note = (
+        f"The {training:,} training pictures of the pool's tasks were compared with those of {target}, pixel by pixel: "
+        f"{test_seen or 'none'} of its {test:,} test pictures {'are' if test_seen > 1 else 'is'} among them."
+    )
+    if audit.get("disjoint_scenes"):
+        note += " Scenes of training and test are disjoint by construction."
+    note += (
+        f" Tasks share training pictures, as those on COCO do: {shots_seen:,} of the {shots:,} shots show one of them."
+    )
+    leaks = len(audit.get("overlaps") or ())
+    return f"{note} The same text about the same picture was found {f'{leaks:,} times' if leaks else 'nowhere'}."
 
 
 def _origin(results: Mapping[str, Any], _: Content) -> Section | None:

@@ -23,6 +23,9 @@ from pituning.methods.bitfit import BitFitLayer
 from pituning.methods.prefix import PrefixLayer
 from pituning.methods.prompt import PromptLayer
 
+_SMALL = 1e-12
+"""A gradient without a larger entry than this is squared in float64: 1e-12 squared is 1e-24, far from float32's least 1e-38."""
+
 
 class Observer(Protocol):
     """What a watcher reports to."""
@@ -58,7 +61,7 @@ class Squares:
         self.batch = len(parity)
         self.repeats = 1
         self.totals: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._parity = parity
+        self._rows = [_slice_of((parity == half).nonzero()[:, 0].tolist()) for half in (0, 1)]
         self._open: dict[str, Tensor] = {}
 
     def sees(self, names: Names, rows: int) -> None:
@@ -75,18 +78,36 @@ class Squares:
         return full_precision(x).reshape(self.batch, -1, x.shape[-1])
 
     def add(self, key: str, gradient: Tensor) -> None:
-        """A layer called twice accumulates before squaring."""
+        """A layer called twice accumulates before squaring. The gradient is used up: its memory takes the squares."""
         self._open[key] = self._open[key] + gradient if key in self._open else gradient
 
     def close(self, weights: Tensor) -> None:
         """End of a backward pass: square what came in, weighted per example; no more than sums is kept."""
         while self._open:
             key, gradient = self._open.popitem()
+            squares = _squared(gradient)
+            if (weights != 1).any():
+                squares *= weights.to(squares.dtype).view(-1, *[1] * (squares.dim() - 1))
             for half, total in enumerate(self.totals):
-                mine = self._parity == half
-                weight = weights[mine].double().view(-1, *[1] * (gradient.dim() - 1))
-                square = gradient[mine].double().square_().mul_(weight).sum(0)  # the mask has made a copy
+                square = squares[self._rows[half]].sum(0, dtype=torch.float64)
                 total[key] = total[key] + square if key in total else square
+
+
+def _slice_of(rows: list[int]) -> slice | list[int]:
+    """The same rows as a slice where they are evenly spaced, which copies nothing."""
+    if not rows:
+        return slice(0, 0)
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    even = slice(rows[0], rows[-1] + 1, step)
+    return even if list(range(rows[-1] + 1))[even] == rows else rows
+
+
+def _squared(gradient: Tensor) -> Tensor:
+    """Squares in the gradient's own precision and place; in float64 where float32 would lose small ones to underflow."""
+    smallest, largest = gradient.aminmax()
+    if gradient.dtype == torch.float32 and max(-smallest, largest) < _SMALL:
+        return gradient.double().square_()
+    return gradient.square_()
 
 
 def full_precision(x: Tensor) -> Tensor:
