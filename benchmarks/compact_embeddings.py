@@ -17,6 +17,7 @@ from scipy.stats import kendalltau
 
 import pituning as pt
 from pituning.similarity import TaskEmbedding, compact
+from pituning.similarity.compact import anchor_of
 from pituning.similarity.measures import compact_agreement, fisher_similarity
 
 
@@ -64,7 +65,8 @@ def _block_means(embeddings: list[TaskEmbedding], numbers: int) -> float:
 
 
 def _recall(embeddings: list[TaskEmbedding], best: int, first: int) -> float:
-    short = [e.compact() for e in embeddings]
+    anchor = anchor_of(e.fisher for e in embeddings[: compact.ANCHORED])
+    short = [e.compact(anchor) for e in embeddings]
     found = []
     for i, target in enumerate(embeddings):
         others = [j for j in range(len(embeddings)) if j != i]

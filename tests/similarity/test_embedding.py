@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -22,8 +20,8 @@ from pituning.experts import ExpertPool
 from pituning.methods import attached
 from pituning.similarity import TaskEmbedding, embed_task
 from pituning.similarity import embedding as embedding_module
-from pituning.similarity.compact import compact_fisher, compact_similarity, hadamard
-from pituning.similarity.embedding import load_compact, pool_embedding, shared_reference
+from pituning.similarity.compact import anchor_of, compact_fisher, compact_similarity, hadamard
+from pituning.similarity.embedding import pool_embedding, shared_reference
 from pituning.similarity.fisher import fisher_diagonal
 from pituning.similarity.measures import compact_agreement, fisher_similarity
 from pituning.similarity.settling import settled_fisher
@@ -142,7 +140,31 @@ class TestCompact:
         embedding = random_embedding(1, {"b.weight": (10, 21), "a": (70,)})
         found = embedding.compact()
         assert (found.dtype, found.shape, found.nbytes) == (np.uint8, (1024,), 1024)
-        assert np.unpackbits(found)[:300].astype(bool).tolist() == self.slow(dict(embedding.fisher), 300)
+        assert found[:4].view(np.float32)[0] == 0, "there is no anchor"
+        assert np.unpackbits(found[4:])[:300].astype(bool).tolist() == self.slow(dict(embedding.fisher), 300)
+
+    def test_what_is_common_is_exact_and_the_rest_orthogonal_to_the_anchor(self) -> None:
+        shapes: dict[str, tuple[int, ...]] = {"a.weight": (30, 41), "b": (500,)}
+        embeddings = [random_embedding(s, shapes) for s in range(4)]
+        anchor = anchor_of(e.fisher for e in embeddings)
+        units = [
+            np.concatenate([(f / f.norm()).double().flatten().numpy() for _, f in sorted(e.fisher.items())]) / 2**0.5
+            for e in embeddings
+        ]
+        mean = sum(units)
+        np.testing.assert_allclose(anchor, mean / np.linalg.norm(mean), rtol=1e-5)
+        for embedding, unit in zip(embeddings, units, strict=True):
+            found = embedding.compact(anchor)
+            assert found.nbytes == 1024
+            assert found[:4].view(np.float32)[0] == pytest.approx(float(unit @ anchor), rel=1e-6)
+        near = [embeddings[0], replace(embeddings[0], fisher={k: f + 1e-3 for k, f in embeddings[0].fisher.items()})]
+        exact = fisher_similarity(near[0], near[1], "fisher-cosine")
+        # the error of the angle shrinks with the rests' lengths
+        rest = 1 - float(units[0] @ anchor) ** 2
+        found = compact_similarity(near[0].compact(anchor), near[1].compact(anchor))
+        assert abs(found - exact) < 4 * np.pi * 0.5 / 8160**0.5 * rest
+        with pytest.raises(ExpertError, match="no part along an anchor of 1730"):
+            random_embedding(1, {"a": (5,)}).compact(anchor)
 
     @pytest.mark.parametrize("shapes", [{"a.weight": (30, 41), "b": (500,)}, {"a": (8, 10), "b": (6,), "c": (1,)}])
     def test_approximates_fisher_cosine(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -150,7 +172,7 @@ class TestCompact:
         found = compact_similarity(left.compact(), right.compact())
         exact = fisher_similarity(left, right, "fisher-cosine")
         # four standard errors of an angle read from 8,192 bits
-        assert abs(np.arccos(found) - np.arccos(exact)) < 4 * np.pi * 0.5 / 8192**0.5
+        assert abs(np.arccos(found) - np.arccos(exact)) < 4 * np.pi * 0.5 / 8160**0.5
         assert compact_similarity(left.compact(), left.compact()) == 1
 
     @pytest.mark.parametrize("power", [0, 3, 7])
@@ -173,21 +195,6 @@ class TestCompact:
         )
         assert not compact_fisher({k: torch.zeros(s) for k, s in shapes.items()}).any()
 
-    def test_lies_beside_the_full_one_and_old_files_are_read(self, tmp_path: Path) -> None:
-        embedding = random_embedding(9, {"a": (30, 30), "b": (400,)})
-        path = embedding.save(tmp_path)
-        assert np.array_equal(load_compact(tmp_path), embedding.compact())
-        assert TaskEmbedding.load(tmp_path).fisher.keys() == {"a", "b"}
-        with safetensors.safe_open(path, "pt") as file:
-            record = file.metadata()["pituning"]
-        safetensors.torch.save_file(dict(embedding.fisher), path, metadata={"pituning": record})
-        np.testing.assert_array_equal(load_compact(tmp_path), embedding.compact())
-        path.write_bytes(b"nothing")
-        with pytest.raises(ExpertError, match=r"task_embedding\.safetensors cannot be read"):
-            load_compact(tmp_path)
-        with pytest.raises(ExpertError, match="no task embedding at the shared reference point"):
-            load_compact(tmp_path, "shared")
-
     def test_what_does_not_compare_is_refused(self) -> None:
         with pytest.raises(ExpertError, match=r"shapes \[16\] and \[24\]: one of them is broken or of another version"):
             compact_similarity(np.ones(16, np.uint8), np.ones(24, np.uint8))
@@ -195,11 +202,12 @@ class TestCompact:
     def test_agreement_counts_the_pairs_that_both_rank_alike(self) -> None:
         shapes = {"a": (300,), "b": (50, 20)}
         embeddings = [random_embedding(s, shapes) for s in range(6)]
+        anchor = anchor_of(e.fisher for e in embeddings)
         expected = []
         for target in embeddings:
             others = [e for e in embeddings if e is not target]
             full = [fisher_similarity(target, e, "fisher-cosine") for e in others]
-            brief = [compact_similarity(target.compact(), e.compact()) for e in others]
+            brief = [compact_similarity(target.compact(anchor), e.compact(anchor)) for e in others]
             pairs = [(i, j) for i in range(5) for j in range(i)]
             expected.append(np.mean([np.sign(full[i] - full[j]) * np.sign(brief[i] - brief[j]) for i, j in pairs]))
         assert compact_agreement(embeddings) == pytest.approx(np.mean(expected), abs=1e-12)

@@ -17,7 +17,7 @@ from pituning.errors import ExpertError, PituningError, UnknownNameError
 from pituning.experts import Expert, ExpertPool
 from pituning.similarity import TaskEmbedding
 from pituning.similarity import index as index_module
-from pituning.similarity.compact import compact_similarity
+from pituning.similarity.compact import anchor_of, compact_similarity
 from pituning.similarity.index import INDEX_FILE, open_index
 from pituning.similarity.search import MetricBound, Wanted, compact_similarities, search_pool
 from tests.similarity.test_graph import make_infinite
@@ -57,8 +57,9 @@ class TestIndex:
         assert (index.read, index.saved, index.problems) == (12, True, {})
         assert [entry.name for entry in index.entries] == list(NAMES)
         scores = compact_similarities(index, [0], "shared")
+        anchor = anchor_of(fisher(n) for n in range(10))
         for row in range(10):
-            slow = compact_similarity(embedding(fisher(0)).compact(), embedding(fisher(row)).compact())
+            slow = compact_similarity(embedding(fisher(0)).compact(anchor), embedding(fisher(row)).compact(anchor))
             assert scores[row] == pytest.approx(slow, rel=1e-5)
         assert np.isneginf(scores[10:]).all()
         assert index.vectors["shared"].dtype == np.uint8
@@ -89,8 +90,35 @@ class TestIndex:
         assert found["z"].card is not None
         assert found["z"].card.name == "z"
         row = [entry.name for entry in index.entries].index("e04")
-        compact = embedding(fisher(7)).compact()
+        # the anchor stays that of the first ten
+        compact = embedding(fisher(7)).compact(anchor_of(fisher(n) for n in range(10)))
         np.testing.assert_array_equal(index.vectors["shared"][row], compact)
+
+    def test_the_anchor_is_made_anew_when_there_are_twice_as_many(
+        self, pool: ExpertPool, bert: Backbone, random_expert: Any
+    ) -> None:
+        def add(number: int) -> None:
+            name = f"n{number}"
+            pool.add(random_expert(bert, "lora", number), name)
+            embedding(fisher(number), reference="shared", reference_hash="here").save(pool.folder / name)
+
+        open_index(pool)
+        for number in range(20, 29):
+            add(number)
+        index = open_index(pool)  # 19 of them
+        expected = embedding(fisher(3)).compact(anchor_of(fisher(n) for n in range(10)))
+        np.testing.assert_array_equal(index.vectors["shared"][3], expected)
+        add(29)
+        index = open_index(pool)
+        assert index.read == 1, "cards and files were as they are in the index"
+        anchor = anchor_of(fisher(n) for n in (*range(10), *range(20, 30)))
+        names = [entry.name for entry in index.entries]
+        for number, name in ((3, "e03"), (29, "n29")):
+            expected = embedding(fisher(number)).compact(anchor)
+            np.testing.assert_array_equal(index.vectors["shared"][names.index(name)], expected)
+        again = open_index(pool)
+        assert (again.read, again.saved) == (0, True)
+        np.testing.assert_array_equal(again.vectors["shared"], index.vectors["shared"])
 
     def test_broken_experts_are_named_and_the_others_found(self, pool: ExpertPool) -> None:
         card = pool.folder / "e01" / "expert.json"
@@ -121,7 +149,7 @@ class TestIndex:
         path.write_bytes(
             {
                 "cut": data[:-9],
-                "version": data.replace(b'"version": 2', b'"version": 0'),
+                "version": data.replace(b'"version": 3', b'"version": 0'),
                 "rubbish": b"rubbish",
                 "shape": data.replace(b"[12,1024]", b"[6,2048]"),
             }[damage]

@@ -1,8 +1,12 @@
-"""Task embeddings of 1 KB, for an index over many experts: signs of random projections."""
+"""Task embeddings of 1 KB, for an index over many experts: how far along a pool's mean, and signs of what is left.
+
+Fisher diagonals of one method resemble one another, whatever the task. What they have in common is therefore kept exactly, as
+one number, and the bits are spent on the rest, which is what a ranking depends on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -10,39 +14,72 @@ from torch import Tensor
 
 from pituning.errors import ExpertError
 
-BITS = 8192
-BYTES = BITS // 8
+BYTES = 1024
+_HEAD = 4  # bytes of the float32 in front
+BITS = 8 * (BYTES - _HEAD)
+ANCHORED = 32
+"""The anchor of a pool is the mean of so many embeddings; one of fewer is made anew when there are twice as many."""
 _BUCKETS = 1 << 16  # into which the entries are added up before they are projected
 
 Compact = npt.NDArray[np.uint8]
+Anchor = npt.NDArray[np.float32]
+"""A vector of length one in the space of :func:`unit_vector`."""
 
 
-def compact_fisher(fisher: Mapping[str, Tensor]) -> Compact:
-    """A diagonal Fisher as 8,192 bits, uint8 ``[1024]``.
+def unit_vector(fisher: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
+    """A diagonal Fisher as one vector of length one (or zero): tensor after tensor by name, each of the same length.
 
-    Every tensor is scaled to unit length, so that all have the same part, and all are put one after the other by name. Bit b
-    is the sign of that vector's inner product with direction b; the directions are the same for all embeddings of the same
-    shapes, and on every machine. The share of bits in which two embeddings differ is their angle over π, up to a standard
-    error of at most 0.0055 (Charikar, STOC 2002). The directions come from adding the entries up, with random signs, in
-    65,536 buckets (Charikar, Chen and Farach-Colton, ICALP 2002), and from a Hadamard transform of those.
+    The inner product of two of them is ``fisher-cosine`` where the same tensors are zero.
     """
     parts = [fisher[name].detach().cpu().double().flatten().numpy() for name in sorted(fisher)]
     lengths = [float(np.linalg.norm(part)) for part in parts]
-    entries = np.concatenate([part / length if length else part for part, length in zip(parts, lengths, strict=True)])
+    scale = max(1, sum(map(bool, lengths))) ** 0.5
+    return np.concatenate(
+        [part / (length * scale) if length else part for part, length in zip(parts, lengths, strict=True)]
+    )
+
+
+def anchor_of(fishers: Iterable[Mapping[str, Tensor]]) -> Anchor:
+    """The direction of the mean of some diagonal Fishers."""
+    total = sum(map(unit_vector, fishers))
+    length = np.linalg.norm(total)
+    return np.asarray(total / length if length else total, dtype=np.float32)
+
+
+def compact_fisher(fisher: Mapping[str, Tensor], anchor: Anchor | None = None) -> Compact:
+    """A diagonal Fisher as uint8 ``[1024]``: its inner product with the anchor (float32), and 8,160 bits for the rest.
+
+    The rest is :func:`unit_vector` less its part along the anchor, or the whole vector where there is no anchor. Bit b is the
+    sign of its inner product with direction b; the directions are the same for all embeddings of the same shapes, and on
+    every machine. The share of bits in which two embeddings differ is the angle of their rests over π, up to a standard error
+    of at most 0.0055 (Charikar, STOC 2002). The directions come from adding the entries up, with random signs, in 65,536
+    buckets (Charikar, Chen and Farach-Colton, ICALP 2002), and from a Hadamard transform of those.
+
+    Raises:
+        ExpertError: if the anchor is one of other tensors.
+    """
+    entries = unit_vector(fisher)
+    along = 0.0
+    if anchor is not None:
+        if anchor.shape != entries.shape:
+            raise ExpertError(f"an embedding of {len(entries)} entries has no part along an anchor of {anchor.size}")
+        along = float(anchor.astype(np.float64) @ entries)
+        entries = entries - along * anchor
     hashes = _scrambled(np.arange(len(entries), dtype=np.uint64))
     signs = np.where(hashes >> np.uint64(63), -1.0, 1.0)
     buckets = np.bincount((hashes % np.uint64(_BUCKETS)).astype(np.intp), entries * signs, minlength=_BUCKETS)
     again = _scrambled(np.arange(_BUCKETS, dtype=np.uint64) + np.uint64(1 << 40))
     rotated = hadamard(np.asarray(buckets, np.float64) * np.where(again >> np.uint64(63), -1.0, 1.0))
     taken = np.argsort(again, kind="stable")[:BITS]
-    return np.packbits(rotated[taken] > 0)
+    head = np.frombuffer(np.float32(along).tobytes(), np.uint8)
+    return np.concatenate([head, np.packbits(rotated[taken] > 0)])
 
 
 def compact_similarity(left: Compact, right: Compact) -> float:
-    """The cosine that two compact embeddings stand for, −1 to 1; approximates ``fisher-cosine``.
+    """The cosine that two compact embeddings with one anchor stand for, −1 to 1; approximates ``fisher-cosine``.
 
-    They carry neither names nor reference points: that both come from the same tensors at comparable points is for the caller
-    to see to.
+    They carry neither names nor reference points: that both come from the same tensors at comparable points and have the same
+    anchor is for the caller to see to.
 
     Raises:
         ExpertError: if they differ in length.
@@ -57,9 +94,12 @@ def compact_similarity(left: Compact, right: Compact) -> float:
 
 def compact_cosines(rows: Compact, query: Compact) -> npt.NDArray[np.float64]:
     """The same for many embeddings ``[N, 1024]`` against one."""
-    words = np.ascontiguousarray(rows).view(np.uint64) ^ np.ascontiguousarray(query).view(np.uint64)
+    rows, query = np.ascontiguousarray(rows), np.ascontiguousarray(query)
+    words = rows.view(np.uint32)[:, 1:] ^ query.view(np.uint32)[1:]
     different = np.bitwise_count(words).sum(1, dtype=np.int64)
-    cosines: npt.NDArray[np.float64] = np.cos(np.pi * different / (8 * rows.shape[1]))
+    along, mine = rows.view(np.float32)[:, 0].astype(np.float64), float(query.view(np.float32)[0])
+    rest = np.sqrt(np.maximum(0.0, 1 - along**2) * max(0.0, 1 - mine**2))
+    cosines: npt.NDArray[np.float64] = along * mine + rest * np.cos(np.pi * different / (32 * words.shape[1]))
     return cosines
 
 

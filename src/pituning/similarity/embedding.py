@@ -22,14 +22,13 @@ from pituning.experts.expert import Expert, tensor_hash
 from pituning.experts.pool import ExpertPool
 from pituning.interpolation.build import build_mixture
 from pituning.interpolation.collapse import collapse
-from pituning.similarity.compact import Compact, compact_fisher
+from pituning.similarity.compact import Anchor, Compact, compact_fisher
 from pituning.similarity.settling import PARTIAL_FILE, Ranking, settled_fisher
 from pituning.tasks.task import Task, load_task, task_names
 
 REFERENCES = ("own", "shared")
 MAX_EXAMPLES = 256
 _REFERENCE_FOLDER = ".reference"
-_COMPACT_KEY = "compact signs"
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,17 @@ class TaskEmbedding:
     split_half: float
     settled: bool | None = None
 
-    def compact(self) -> Compact:
+    def compact(self, anchor: Anchor | None = None) -> Compact:
         """The embedding in 1 KB, uint8 ``[1024]``; see :func:`compact_fisher`."""
-        return compact_fisher(self.fisher)
+        return compact_fisher(self.fisher, anchor)
 
     def save(self, folder: Path) -> Path:
-        """Write into an expert's folder, the compact embedding in the file's header beside the full one."""
+        """Write into an expert's folder."""
         path = folder / _file_name(self.reference)
         record = {k: v for k, v in asdict(self).items() if k != "fisher"}
         temporary = path.with_suffix(".partial")
         tensors = {k: t.float().contiguous() for k, t in self.fisher.items()}
-        metadata = {"pituning": json.dumps(record), _COMPACT_KEY: self.compact().tobytes().hex()}
-        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        safetensors.torch.save_file(tensors, temporary, metadata={"pituning": json.dumps(record)})
         temporary.replace(path)
         return path
 
@@ -90,26 +88,6 @@ class TaskEmbedding:
             raise ExpertError(f"{path} cannot be read ({error})") from error
         known = {f.name for f in fields(cls)}
         return cls(fisher=tensors, **{k: v for k, v in record.items() if k in known})
-
-
-def load_compact(folder: Path, reference: str = "own") -> Compact:
-    """Read the compact embedding of an expert's folder, from the file's header alone where it is stored there.
-
-    Files of versions that did not store it are read as a whole.
-
-    Raises:
-        ExpertError: if the embedding is missing or broken.
-    """
-    path = folder / _file_name(reference)
-    if path.is_file():
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                stored = (file.metadata() or {}).get(_COMPACT_KEY)
-            if stored is not None:
-                return np.frombuffer(bytes.fromhex(stored), np.uint8)
-        except (safetensors.SafetensorError, ValueError) as error:
-            raise ExpertError(f"{path} cannot be read ({error})") from error
-    return TaskEmbedding.load(folder, reference).compact()
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from pituning.errors import ExpertError
 from pituning.experts.expert import CARD_FILE, CONFIG_FILE, TENSOR_FILE, ExpertCard, file_hash, read_card
 from pituning.experts.pool import ExpertPool
-from pituning.similarity.compact import BYTES, Compact
+from pituning.similarity.compact import ANCHORED, BYTES, Anchor, Compact, anchor_of
 
 if TYPE_CHECKING:
     from pituning.similarity.embedding import TaskEmbedding
 
 INDEX_FILE = ".index.safetensors"
 EMBEDDING_FILES = {"own": "task_embedding.safetensors", "shared": "task_embedding.shared.safetensors"}
-_VERSION = 2
+_VERSION = 3
 _FILES = (CARD_FILE, CONFIG_FILE, TENSOR_FILE, *EMBEDDING_FILES.values())
 
 
@@ -85,27 +85,49 @@ def open_index(pool: ExpertPool) -> PoolIndex:
     was; any other is compared by its hash. A broken expert is in the index with what is wrong with it.
     """
     path = pool.folder / INDEX_FILE
-    known, old = _read_index(path)
-    names = pool.names()
-    vectors = {reference: np.zeros((len(names), BYTES), np.uint8) for reference in EMBEDDING_FILES}
+    before = _read_index(path)
     entries: list[Entry] = []
+    for name in pool.names():
+        known, _ = before.rows.get(name, (None, -1))
+        entries.append(_still_valid(known, pool.folder / name) or _read_expert(pool.folder / name))
+    anchors, made_anew = _anchors(pool.folder, entries, before.anchors)
+    vectors = {reference: np.zeros((len(entries), BYTES), np.uint8) for reference in EMBEDDING_FILES}
     read = 0
-    for row, name in enumerate(names):
-        before, place = known.get(name, (None, -1))
-        entry = _still_valid(before, pool.folder / name)
-        if entry is not None:
-            compact = {reference: old[reference][place] for reference in entry.spaces}
-        else:
-            entry, compact = _read_expert(pool.folder / name)
-            read += 1
-        entries.append(entry)
-        for reference, vector in compact.items():
-            vectors[reference][row] = vector
+    for row, entry in enumerate(entries):
+        known, place = before.rows.get(entry.name, (None, -1))
+        new = known is None or entry.digest != known.digest
+        read += new
+        for reference, space in entry.spaces.items():
+            if new or space in made_anew:
+                embedding = _embedding(pool.folder / entry.name, reference)
+                vectors[reference][row] = embedding.compact(anchors[space][0])
+            else:
+                vectors[reference][row] = before.vectors[reference][place]
     spaces = {r: np.array([e.spaces.get(r, "") for e in entries], dtype=np.str_) for r in EMBEDDING_FILES}
-    unchanged = path.is_file() and entries == [entry for entry, _ in known.values()]
-    return PoolIndex(
-        pool.folder, tuple(entries), vectors, spaces, read, saved=unchanged or _save(path, entries, vectors)
-    )
+    unchanged = path.is_file() and not made_anew and entries == [entry for entry, _ in before.rows.values()]
+    saved = unchanged or _save(path, entries, vectors, anchors)
+    return PoolIndex(pool.folder, tuple(entries), vectors, spaces, read, saved)
+
+
+def _anchors(
+    folder: Path, entries: list[Entry], before: Mapping[str, tuple[Anchor, int]]
+) -> tuple[dict[str, tuple[Anchor, int]], set[str]]:
+    """Space → its anchor and of how many embeddings it is the mean; and the spaces whose anchor is another than before."""
+    members: dict[str, list[tuple[str, str]]] = {}
+    for entry in entries:
+        for reference, space in entry.spaces.items():
+            members.setdefault(space, []).append((entry.name, reference))
+    anchors, made_anew = {}, set[str]()
+    for space, found in members.items():
+        known = before.get(space)
+        if known is not None and (known[1] >= ANCHORED or len(found) < 2 * known[1]):
+            anchors[space] = known
+            continue
+        first = found[:ANCHORED]
+        anchor = anchor_of(_embedding(folder / name, reference).fisher for name, reference in first)
+        anchors[space] = anchor, len(first)
+        made_anew.add(space)
+    return anchors, made_anew
 
 
 def _still_valid(before: Entry | None, folder: Path) -> Entry | None:
@@ -118,31 +140,30 @@ def _still_valid(before: Entry | None, folder: Path) -> Entry | None:
     return replace(before, stamps=stamps) if before.digest == _digest(folder) else None
 
 
-def _read_expert(folder: Path) -> tuple[Entry, dict[str, Compact]]:
-    """An expert's entry and its compact embeddings, or what is wrong with it."""
-    from pituning.similarity.embedding import TaskEmbedding
-
+def _read_expert(folder: Path) -> Entry:
+    """An expert's entry, with what is wrong with it, if anything is."""
     entry = Entry(folder.name, None, _stamps(folder), _digest(folder))
-    vectors: dict[str, Compact] = {}
     spaces: dict[str, str] = {}
     try:
         entry = replace(entry, card=replace(read_card(folder), choices=(), training={}))
         assert entry.card is not None
         for reference, file in EMBEDDING_FILES.items():
             if (folder / file).is_file():
-                embedding = TaskEmbedding.load(folder, reference)
-                vectors[reference] = _compact(embedding, folder / file)
+                embedding = _embedding(folder, reference)
+                if not embedding.fisher or not all(torch.isfinite(f).all() for f in embedding.fisher.values()):
+                    raise ExpertError(
+                        f"{folder / file} is empty, or holds values that are NaN or infinite; embed the expert again"
+                    )
                 spaces[reference] = _space(embedding, entry.card)
     except ExpertError as error:
         entry = replace(entry, problem=str(error))
-    return replace(entry, spaces=spaces), vectors
+    return replace(entry, spaces=spaces)
 
 
-def _compact(embedding: TaskEmbedding, path: Path) -> Compact:
-    """From the tensors themselves, whatever the file's header says."""
-    if not embedding.fisher or not all(torch.isfinite(f).all() for f in embedding.fisher.values()):
-        raise ExpertError(f"{path} is empty, or holds values that are NaN or infinite; embed the expert again")
-    return embedding.compact()
+def _embedding(folder: Path, reference: str) -> TaskEmbedding:
+    from pituning.similarity.embedding import TaskEmbedding
+
+    return TaskEmbedding.load(folder, reference)
 
 
 def _space(embedding: TaskEmbedding, card: ExpertCard) -> str:
@@ -168,17 +189,34 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256(repr([(file, file_hash(folder / file)) for file in files]).encode()).hexdigest()
 
 
-def _read_index(path: Path) -> tuple[dict[str, tuple[Entry, int]], dict[str, Compact]]:
-    """The stored entries with their rows by name, and the matrices; nothing where there is no index of this version."""
+@dataclass(frozen=True)
+class _Stored:
+    """What an index file holds; nothing where there is none of this version.
+
+    Attributes:
+        rows: name → its entry and its row in the matrices.
+        anchors: space → its anchor and of how many embeddings it is the mean.
+    """
+
+    rows: Mapping[str, tuple[Entry, int]] = field(default_factory=dict)
+    vectors: Mapping[str, Compact] = field(default_factory=dict)
+    anchors: Mapping[str, tuple[Anchor, int]] = field(default_factory=dict)
+
+
+def _read_index(path: Path) -> _Stored:
     try:
         arrays = safetensors.numpy.load_file(path)
         document = json.loads(arrays.pop("entries").tobytes())
-        if document["version"] != _VERSION or any(len(a) != len(document["entries"]) for a in arrays.values()):
-            return {}, {}
+        vectors = {reference: arrays[reference] for reference in EMBEDDING_FILES}
+        if document["version"] != _VERSION or any(
+            a.shape != (len(document["entries"]), BYTES) for a in vectors.values()
+        ):
+            return _Stored()
         entries = [_entry(values) for values in document["entries"]]
-        return {entry.name: (entry, row) for row, entry in enumerate(entries)}, {r: arrays[r] for r in EMBEDDING_FILES}
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
-        return {}, {}
+        anchors = {space: (arrays[f"anchor {space}"], int(count)) for space, count in document["anchors"].items()}
+        return _Stored({entry.name: (entry, row) for row, entry in enumerate(entries)}, vectors, anchors)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError):
+        return _Stored()
 
 
 def _entry(values: dict[str, Any]) -> Entry:
@@ -188,10 +226,14 @@ def _entry(values: dict[str, Any]) -> Entry:
     return Entry(card=card, **values)
 
 
-def _save(path: Path, entries: list[Entry], vectors: Mapping[str, Compact]) -> bool:
+def _save(
+    path: Path, entries: list[Entry], vectors: Mapping[str, Compact], anchors: Mapping[str, tuple[Anchor, int]]
+) -> bool:
     """Store the index, all or nothing; False where the folder cannot be written."""
-    document = json.dumps({"version": _VERSION, "entries": [asdict(entry) for entry in entries]})
-    arrays = {"entries": np.frombuffer(document.encode(), np.uint8), **vectors}
+    counts = {space: count for space, (_, count) in anchors.items()}
+    document = json.dumps({"version": _VERSION, "anchors": counts, "entries": [asdict(entry) for entry in entries]})
+    arrays: dict[str, NDArray[Any]] = {"entries": np.frombuffer(document.encode(), np.uint8), **vectors}
+    arrays |= {f"anchor {space}": anchor for space, (anchor, _) in anchors.items()}
     try:
         with tempfile.NamedTemporaryFile(
             prefix=f"{INDEX_FILE}.", suffix=".partial", dir=path.parent, delete=False

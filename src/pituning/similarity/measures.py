@@ -26,7 +26,7 @@ from pituning.interpolation.changes import has_natural_start
 from pituning.interpolation.mixture import LowRank
 from pituning.methods.attach import attached
 from pituning.methods.bitfit import PEFT_TYPE as BITFIT
-from pituning.similarity.compact import compact_similarity
+from pituning.similarity.compact import ANCHORED, anchor_of, compact_similarity
 from pituning.similarity.embedding import TaskEmbedding, embed_task, pool_embedding, shared_reference
 from pituning.similarity.gradient import loss_slopes
 from pituning.similarity.settling import FIRST, MOST
@@ -120,7 +120,8 @@ def fisher_similarity(target: TaskEmbedding, candidate: TaskEmbedding, kind: str
 def compact_agreement(embeddings: Sequence[TaskEmbedding]) -> float:
     """Kendall's τ between the rankings by ``compact_similarity`` and by ``fisher-cosine``, averaged over the targets.
 
-    Every embedding is the target once, and the others are ranked for it. 1 is the same order, 0 none in common.
+    The anchor is the mean of the first of them, as in a pool's index. Every embedding is the target once, and the others are
+    ranked for it. 1 is the same order, 0 none in common.
 
     Raises:
         PituningError: for fewer than three embeddings, where nothing is ranked.
@@ -128,7 +129,8 @@ def compact_agreement(embeddings: Sequence[TaskEmbedding]) -> float:
     """
     if len(embeddings) < 3:
         raise PituningError(f"{len(embeddings)} embeddings cannot be ranked for one another: three or more can")
-    short = [e.compact() for e in embeddings]
+    anchor = anchor_of(e.fisher for e in embeddings[:ANCHORED])
+    short = [e.compact(anchor) for e in embeddings]
     values = []
     for i, target in enumerate(embeddings):
         others = [j for j in range(len(embeddings)) if j != i]
