@@ -70,7 +70,8 @@ def main() -> None:
 def _compact(index: PoolIndex, name: str) -> list[str]:
     """What a search does before it reads from disk: all cards, all compact embeddings, the best hundred."""
     query = [row for row, entry in enumerate(index.entries) if entry.name == name]
-    rows = [row for row, entry in enumerate(index.entries) if entry.card is not None and WANTED.matches(entry.card)]
+    holds = WANTED.test()
+    rows = [row for row, entry in enumerate(index.entries) if entry.card is not None and holds(entry.card)]
     scores = compact_similarities(index, query, "shared")[rows]
     return [index.entries[rows[n]].name for n in np.argsort(-scores)[:100]]
 

@@ -149,7 +149,7 @@ class TestIndex:
         path.write_bytes(
             {
                 "cut": data[:-9],
-                "version": data.replace(b'"version": 3', b'"version": 0'),
+                "version": data.replace(b'"version": 4', b'"version": 0'),
                 "rubbish": b"rubbish",
                 "shape": data.replace(b"[12,1024]", b"[6,2048]"),
             }[damage]

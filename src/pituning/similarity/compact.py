@@ -6,16 +6,19 @@ one number, and the bits are spent on the rest, which is what a ranking depends 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
 from torch import Tensor
 
 from pituning.errors import ExpertError
 
 BYTES = 1024
-_HEAD = 4  # bytes of the float32 in front
+_HEAD = 8  # bytes of the float64 in front
 BITS = 8 * (BYTES - _HEAD)
 ANCHORED = 32
 """The anchor of a pool is the mean of so many embeddings; one of fewer is made anew when there are twice as many."""
@@ -47,7 +50,7 @@ def anchor_of(fishers: Iterable[Mapping[str, Tensor]]) -> Anchor:
 
 
 def compact_fisher(fisher: Mapping[str, Tensor], anchor: Anchor | None = None) -> Compact:
-    """A diagonal Fisher as uint8 ``[1024]``: its inner product with the anchor (float32), and 8,160 bits for the rest.
+    """A diagonal Fisher as uint8 ``[1024]``: its inner product with the anchor (float64), and 8,128 bits for the rest.
 
     The rest is :func:`unit_vector` less its part along the anchor, or the whole vector where there is no anchor. Bit b is the
     sign of its inner product with direction b; the directions are the same for all embeddings of the same shapes, and on
@@ -65,14 +68,12 @@ def compact_fisher(fisher: Mapping[str, Tensor], anchor: Anchor | None = None) -
             raise ExpertError(f"an embedding of {len(entries)} entries has no part along an anchor of {anchor.size}")
         along = float(anchor.astype(np.float64) @ entries)
         entries = entries - along * anchor
-    hashes = _scrambled(np.arange(len(entries), dtype=np.uint64))
-    signs = np.where(hashes >> np.uint64(63), -1.0, 1.0)
-    buckets = np.bincount((hashes % np.uint64(_BUCKETS)).astype(np.intp), entries * signs, minlength=_BUCKETS)
-    again = _scrambled(np.arange(_BUCKETS, dtype=np.uint64) + np.uint64(1 << 40))
-    rotated = hadamard(np.asarray(buckets, np.float64) * np.where(again >> np.uint64(63), -1.0, 1.0))
-    taken = np.argsort(again, kind="stable")[:BITS]
-    head = np.frombuffer(np.float32(along).tobytes(), np.uint8)
-    return np.concatenate([head, np.packbits(rotated[taken] > 0)])
+    buckets, signs = _hashed(len(entries))
+    flips, taken = _directions()
+    sums = np.bincount(buckets, entries * signs, minlength=_BUCKETS)
+    rotated = hadamard(np.asarray(sums, np.float64) * flips)[taken]
+    head = np.frombuffer(np.float64(along).tobytes(), np.uint8)
+    return np.concatenate([head, np.packbits(rotated > 0)])
 
 
 def compact_similarity(left: Compact, right: Compact) -> float:
@@ -95,22 +96,43 @@ def compact_similarity(left: Compact, right: Compact) -> float:
 def compact_cosines(rows: Compact, query: Compact) -> npt.NDArray[np.float64]:
     """The same for many embeddings ``[N, 1024]`` against one."""
     rows, query = np.ascontiguousarray(rows), np.ascontiguousarray(query)
-    words = rows.view(np.uint32)[:, 1:] ^ query.view(np.uint32)[1:]
-    different = np.bitwise_count(words).sum(1, dtype=np.int64)
-    along, mine = rows.view(np.float32)[:, 0].astype(np.float64), float(query.view(np.float32)[0])
+    words = rows.view(np.uint64)[:, 1:] ^ query.view(np.uint64)[1:]
+    different = np.bitwise_count(words).sum(1, dtype=np.int32)
+    along, mine = rows.view(np.float64)[:, 0], float(query.view(np.float64)[0])
     rest = np.sqrt(np.maximum(0.0, 1 - along**2) * max(0.0, 1 - mine**2))
-    cosines: npt.NDArray[np.float64] = along * mine + rest * np.cos(np.pi * different / (32 * words.shape[1]))
+    cosines: npt.NDArray[np.float64] = along * mine + rest * np.cos(np.pi * different / (64 * words.shape[1]))
     return cosines
 
 
 def hadamard(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The Walsh–Hadamard transform, not normalised, of a vector whose length is a power of two."""
-    width = 1
-    while width < len(x):
-        pairs = x.reshape(-1, 2, width)
-        x = np.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), axis=1).reshape(-1)
-        width *= 2
-    return x
+    """The Walsh–Hadamard transform, not normalised, of a vector whose length is a power of four."""
+    side = math.isqrt(len(x))
+    matrix = _hadamard_matrix(side)
+    transformed: npt.NDArray[np.float64] = (matrix @ x.reshape(side, side) @ matrix).ravel()
+    return transformed
+
+
+@lru_cache(maxsize=4)
+def _hadamard_matrix(side: int) -> npt.NDArray[np.float64]:
+    return np.asarray(scipy.linalg.hadamard(side), dtype=np.float64)
+
+
+@lru_cache(maxsize=2)
+def _hashed(count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """A bucket and a sign for each of so many entries."""
+    hashes = _scrambled(np.arange(count, dtype=np.uint64))
+    return (hashes % np.uint64(_BUCKETS)).astype(np.intp), _signs(hashes)
+
+
+@lru_cache(maxsize=1)
+def _directions() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]:
+    """Signs of the buckets, and the rows of the Hadamard matrix that are used."""
+    hashes = _scrambled(np.arange(_BUCKETS, dtype=np.uint64) + np.uint64(1 << 40))
+    return _signs(hashes), np.argsort(hashes, kind="stable")[:BITS]
+
+
+def _signs(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    return np.where(hashes >> np.uint64(63), -1.0, 1.0)
 
 
 def _scrambled(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

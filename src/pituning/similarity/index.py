@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = ".index.safetensors"
 EMBEDDING_FILES = {"own": "task_embedding.safetensors", "shared": "task_embedding.shared.safetensors"}
-_VERSION = 3
+_VERSION = 4
 _FILES = (CARD_FILE, CONFIG_FILE, TENSOR_FILE, *EMBEDDING_FILES.values())
 
 

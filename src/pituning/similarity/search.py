@@ -71,12 +71,23 @@ class Wanted:
 
     def matches(self, card: ExpertCard) -> bool:
         """Whether a card says all that."""
-        return (
-            (self.method is None or card.method == self.method)
-            and (self.licence is None or card.licence.lower() == self.licence.lower())
-            and (self.backbone is None or _is_backbone(self.backbone, card))
-            and all(bound.holds(card.metrics) for bound in self.metrics)
-        )
+        return self.test()(card)
+
+    def test(self) -> Callable[[ExpertCard], bool]:
+        """:meth:`matches`, prepared for many cards."""
+        method, backbone, metrics = self.method, self.backbone, self.metrics
+        licence = None if self.licence is None else self.licence.lower()
+        full = None if backbone is None else Backbone.hub_names.get(backbone, backbone)
+
+        def holds(card: ExpertCard) -> bool:
+            return (
+                (method is None or card.method == method)
+                and (licence is None or card.licence.lower() == licence)
+                and (full is None or full in (card.backbone, card.backbone.rpartition("/")[2], card.fingerprint))
+                and all(bound.holds(card.metrics) for bound in metrics)
+            )
+
+        return holds
 
 
 @dataclass(frozen=True)
@@ -128,10 +139,11 @@ def search_pool(
         raise unknown_name("reference point", reference, EMBEDDING_FILES)
     _require_known(wanted, [entry.card for entry in index.entries if entry.card is not None])
     query = _query(index, like, reference) if like is not None else []
+    holds, left_out = wanted.test(), set(query)
     rows = [
         row
         for row, entry in enumerate(index.entries)
-        if row not in query and entry.card is not None and wanted.matches(entry.card)
+        if entry.card is not None and holds(entry.card) and row not in left_out
     ]
     if like is None:
         cards = [card for row in rows if (card := index.entries[row].card) is not None]
@@ -188,9 +200,9 @@ def _unknown(index: PoolIndex, like: str) -> UnknownNameError:
 def _require_known(wanted: Wanted, cards: Sequence[ExpertCard]) -> None:
     """Raise for a word that no card has: a search for it could only be empty."""
     asked: list[tuple[str, str | None, set[str], Callable[[ExpertCard], bool]]] = [
-        ("method", wanted.method, {c.method for c in cards}, Wanted(method=wanted.method).matches),
-        ("licence", wanted.licence, {c.licence for c in cards}, Wanted(licence=wanted.licence).matches),
-        ("backbone", wanted.backbone, {c.backbone for c in cards}, Wanted(backbone=wanted.backbone).matches),
+        ("method", wanted.method, {c.method for c in cards}, Wanted(method=wanted.method).test()),
+        ("licence", wanted.licence, {c.licence for c in cards}, Wanted(licence=wanted.licence).test()),
+        ("backbone", wanted.backbone, {c.backbone for c in cards}, Wanted(backbone=wanted.backbone).test()),
     ]
     for kind, word, known, matches in asked:
         if word is not None and not any(map(matches, cards)):
@@ -198,11 +210,6 @@ def _require_known(wanted: Wanted, cards: Sequence[ExpertCard]) -> None:
     for bound in wanted.metrics:
         if not any(bound.name in card.metrics for card in cards):
             raise unknown_name("metric", bound.name, {name for card in cards for name in card.metrics})
-
-
-def _is_backbone(wanted: str, card: ExpertCard) -> bool:
-    name = Backbone.hub_names.get(wanted, wanted)
-    return name in (card.backbone, card.backbone.rpartition("/")[2], card.fingerprint)
 
 
 def _by_metric(card: ExpertCard, wanted: Wanted) -> tuple[float, str]:

@@ -1,0 +1,343 @@
+"""From cells to a Parquet file, the figures of docs/transfer.md and two pictures. Nothing is computed that is not there."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.transfer.arms import ARMS
+from benchmarks.transfer.cells import digest
+from benchmarks.transfer.intervals import Difference, Values, paired_difference
+from benchmarks.transfer.suites import Suite
+from pituning.errors import PituningError
+
+RIVALS = ("own-extra", "nearest-tuned")
+POINTS = 100.0
+"""Values are shares; tables have them times 100."""
+
+Cell = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What reproduces the figures; folders as they were given.
+
+    Attributes:
+        where: options that say on what device and in what precision.
+    """
+
+    suite: str
+    data: str
+    work: str
+    where: str = ""
+
+    def run(self, more: str = "") -> str:
+        """The command that computes cells."""
+        run = f"python -m benchmarks.transfer run --suite {self.suite} --data {self.data} --work {self.work}"
+        return f"{run}{self.where}{more}"
+
+    def report(self) -> str:
+        """The command that writes the page."""
+        return f"python -m benchmarks.transfer report --suite {self.suite} --work {self.work}"
+
+    def audit(self) -> str:
+        """The command that looks for leaks."""
+        return f"python -m benchmarks.transfer audit --suite {self.suite} --data {self.data} --work {self.work}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The cells of one suite in one environment.
+
+    Attributes:
+        others: environments with cells of the suite that are left out, and how many each.
+    """
+
+    suite: Suite
+    cells: tuple[Cell, ...]
+    environment: str
+    others: Mapping[str, int]
+
+    def missing(self) -> list[tuple[str, str, int, int]]:
+        """(arm, task, shots, seed) of the suite that have no cell."""
+        there = {(c["arm"], c["task"], c["shots"], c["seed"]) for c in self.cells}
+        wanted = [
+            (arm, task, shots, seed)
+            for arm in self.suite.arms
+            for task in self.suite.targets
+            for shots in self.suite.shots
+            for seed in self.suite.seeds
+        ]
+        return [key for key in wanted if key not in there]
+
+    def values(self, arm: str, shots: int) -> Values:
+        """target → seed → value, in points."""
+        found: dict[str, dict[int, float]] = {}
+        for cell in self.cells:
+            if cell["arm"] == arm and cell["shots"] == shots:
+                found.setdefault(cell["task"], {})[cell["seed"]] = POINTS * cell["value"]
+        return found
+
+    def of(self, arm: str, shots: int, targets: Iterable[str]) -> list[Cell]:
+        """Cells of an arm on some targets."""
+        wanted = set(targets)
+        return [c for c in self.cells if c["arm"] == arm and c["shots"] == shots and c["task"] in wanted]
+
+
+def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) -> Found:
+    """The cells that belong to a suite as it is now: same settings, same arms; of one environment.
+
+    Args:
+        environment: its digest; by default the one with the most cells.
+
+    Raises:
+        PituningError: if two cells claim to be the same, or there is no such environment.
+    """
+    settings = json.loads(json.dumps(suite.settings()))
+    wanted = {arm: json.loads(json.dumps(ARMS[arm].identity())) for arm in suite.arms}
+    by_environment: dict[str, list[Cell]] = {}
+    for cell in cells:
+        common, own = cell["identity"]["common"], cell["identity"]["cell"]
+        fits = own["task"] in suite.targets and own["shots"] in suite.shots and own["seed"] in suite.seeds
+        if fits and common["settings"] == settings and wanted.get(own["arm"]["name"]) == own["arm"]:
+            by_environment.setdefault(digest(common), []).append(cell)
+    if environment is None:
+        environment = max(by_environment, key=lambda e: (len(by_environment[e]), e), default="")
+    elif environment not in by_environment:
+        known = ", ".join(by_environment) or "none"
+        raise PituningError(f"no cells of suite {suite.name!r} in environment {environment!r}; there are {known}")
+    chosen = by_environment.pop(environment, [])
+    seen: set[tuple[Any, ...]] = set()
+    for cell in chosen:
+        key = (cell["arm"], cell["task"], cell["shots"], cell["seed"])
+        if key in seen:
+            raise PituningError(
+                f"two cells are {'/'.join(map(str, key))}, of different data: remove the older from {environment}"
+            )
+        seen.add(key)
+    return Found(suite, tuple(chosen), environment, {e: len(found) for e, found in by_environment.items()})
+
+
+def write_parquet(found: Found, path: Path) -> Path:
+    """One row for each cell."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    rows = [
+        {
+            "suite": found.suite.name,
+            "role": found.suite.role(cell["task"]),
+            **{k: cell[k] for k in ("arm", "task", "shots", "seed", "metric", "value", "log_loss", "examples")},
+            **{k: cell[k] for k in ("seconds", "seconds_alone", "seconds_of_test", "learning_rate", "steps", "chosen")},
+            "experts": cell["experts"],
+            "weights": json.dumps(cell["weights"]) if cell["weights"] else None,
+            "details": json.dumps(cell["details"]),
+            "environment": found.environment,
+            "key": digest(cell["identity"]),
+            "code": cell["code"],
+            "finished": cell["finished"],
+        }
+        for cell in found.cells
+    ]
+    text, number, count = pa.string(), pa.float64(), pa.int64()
+    types = dict.fromkeys(("suite", "role", "arm", "task", "metric", "chosen", "weights", "details"), text)
+    types |= dict.fromkeys(("environment", "key", "code", "finished"), text) | {"experts": pa.list_(text)}
+    types |= dict.fromkeys(("shots", "seed", "examples", "steps"), count)
+    types |= dict.fromkeys(
+        ("value", "log_loss", "seconds", "seconds_alone", "seconds_of_test", "learning_rate"), number
+    )
+    order = list(rows[0]) if rows else list(types)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema([(name, types[name]) for name in order])), path)
+    return path
+
+
+def block(
+    found: Found, audit: Sequence[Mapping[str, Any]] | None, commands: Commands, pictures: Mapping[int, Sequence[str]]
+) -> str:
+    """The generated part of the page for one suite, in Markdown.
+
+    Args:
+        audit: rows of :func:`benchmarks.transfer.sources.audit`; ``None`` where it was not run.
+        pictures: paths of the pictures by shots, as the page links them.
+    """
+    suite, missing = found.suite, found.missing()
+    total = len(suite.arms) * len(suite.targets) * len(suite.shots) * len(suite.seeds)
+    lines = [f"{suite.title}; {len(suite.seeds)} seeds; at most {suite.test_limit} test examples.", ""]
+    if not found.cells:
+        lines += [f"**Nothing has been measured yet:** 0 of {total:,} cells.", "", f"`{commands.run()}`", ""]
+        return "\n".join([*lines, *_audit_lines(suite, audit, commands)])
+    if missing:
+        lines += [
+            f"**Partial: {total - len(missing):,} of {total:,} cells.** These figures settle nothing: means of arms "
+            "with different cells are over different targets. Missing:",
+            "",
+            *_missing_lines(suite, missing),
+        ]
+    else:
+        lines += [f"Complete: all {total:,} cells."]
+    common = found.cells[0]["identity"]["common"]
+    commands = replace(commands, where=f" --device {common['device']} --precision {common['precision']}")
+    lines += ["", *_provenance(found), "", f"Cells: `{commands.run()}` (one of them: `--tasks TASK --arms ARM --seeds SEED`);",
+              f"this page: `{commands.report()}`.", "", *_audit_lines(suite, audit, commands)]  # fmt: skip
+    for shots in suite.shots:
+        lines += ["", *_shots_lines(found, shots, pictures.get(shots, ()), commands)]
+    return "\n".join(lines)
+
+
+def fill(page: str, name: str, text: str) -> str:
+    """A page with the block of a name replaced.
+
+    Raises:
+        PituningError: if the page does not have the block's two marks.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise PituningError(f"the page needs the marks {begin!r} and {end!r}, once and in this order")
+    return page[: page.index(begin) + len(begin)] + f"\n{text}\n" + page[page.index(end) :]
+
+
+def differences(found: Found, rival: str, shots: int, targets: Sequence[str]) -> dict[str, Difference]:
+    """arm → its paired difference to a rival, for the arms that share a cell with it."""
+    base = found.values(rival, shots)
+    pairs = {
+        arm: paired_difference(found.values(arm, shots), base, targets) for arm in found.suite.arms if arm != rival
+    }
+    return {arm: difference for arm, difference in pairs.items() if difference is not None}
+
+
+def _missing_lines(suite: Suite, missing: Sequence[tuple[str, str, int, int]]) -> list[str]:
+    """Which cells there are not, arm by arm; what is missing altogether in a word."""
+    lines: list[str] = []
+    each = len(suite.targets) * len(suite.shots) * len(suite.seeds)
+    wholly = [arm for arm in suite.arms if sum(key[0] == arm for key in missing) == each]
+    if wholly:
+        lines.append(f"- all cells of {', '.join(f'`{arm}`' for arm in wholly)}")
+    several, alike = len(suite.shots) > 1, dict[str, list[str]]()
+    for arm in suite.arms:
+        places: dict[tuple[str, int], list[int]] = {}
+        for _, task, shots, seed in (key for key in missing if key[0] == arm and arm not in wholly):
+            places.setdefault((task, shots), []).append(seed)
+        if places:
+            said = [
+                f"{task}{f' ({shots} shots)' if several else ''} {' '.join(map(str, seeds))}"
+                for (task, shots), seeds in places.items()
+            ]
+            alike.setdefault("; ".join(said), []).append(f"`{arm}`")
+    return [*lines, *(f"- {', '.join(arms)}, seeds of: {said}" for said, arms in alike.items())]
+
+
+def _provenance(found: Found) -> list[str]:
+    common = found.cells[0]["identity"]["common"]
+    versions = ", ".join(f"{name} {number}" for name, number in common["versions"].items())
+    dates = sorted({cell["finished"] for cell in found.cells})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    codes = len({cell["code"] for cell in found.cells})
+    state = "one state of the code" if codes == 1 else f"**{codes} states of the code**"
+    lines = [
+        f"Measured {when} on {common['device']} in {common['precision']}; {versions}; {state}; backbone "
+        f"`{common['backbone']}`; environment `{found.environment}`."
+    ]
+    if found.others:
+        left = ", ".join(f"{count} of `{name}`" for name, count in found.others.items())
+        lines.append(f"Cells of other environments (versions, device, precision, sources) are left out: {left}.")
+    return lines
+
+
+def _audit_lines(suite: Suite, audit: Sequence[Mapping[str, Any]] | None, commands: Commands) -> list[str]:
+    if not suite.texts_tell:
+        return [
+            "Leakage: not audited by text; the texts about made pictures repeat; no picture is in two splits, but the tasks "
+            "of a split share its pictures."
+        ]
+    if audit is None:
+        return [f"**Leakage: not audited.** `{commands.audit()}`"]
+    command = f"Leakage (`{commands.audit()}`)"
+    if not audit:
+        return [f"{command}: no source row is a near-duplicate of a target's example."]
+    left = sum(row[f"left, {split}"] for row in audit for split in ("train", "test"))
+    verdict = "none is left" if left == 0 else f"**{left} are left**"
+    lines = [f"{command}: near-duplicates of a target's examples are left out of the sources' rows; {verdict}."]
+    lines += ["", "| target | source | dropped, as in its train | as in its test | left |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['target']} | {row['source']} | {row['dropped, train']} | {row['dropped, test']} | "
+        f"{row['left, train'] + row['left, test']} |"
+        for row in audit
+    ]
+    return lines
+
+
+def _shots_lines(found: Found, shots: int, pictures: Sequence[str], commands: Commands) -> list[str]:
+    suite = found.suite
+    many = len(suite.shots) > 1
+    title = f"#### {suite.name}: means over the {len(suite.report)} report targets{f', {shots} shots' if many else ''}"
+    lines = [title, "", *_overall(found, shots)]
+    lines += ["", *(f"![{Path(p).stem}]({p})" for p in pictures)]
+    for task in suite.targets:
+        if any(c["task"] == task and c["shots"] == shots for c in found.cells):
+            more = f" --tasks {task}"
+            heading = f"#### {suite.name}: {task} ({suite.role(task)} target){f', {shots} shots' if many else ''}"
+            lines += ["", heading, "", f"`{commands.run(more)}`", "", *_by_target(found, shots, task)]
+    return lines
+
+
+def _overall(found: Found, shots: int) -> list[str]:
+    suite = found.suite
+    expected = len(suite.report) * len(suite.seeds)
+    against = {rival: differences(found, rival, shots, suite.report) for rival in RIVALS}
+    lines = [
+        "| arm | mean | − own-extra | − nearest-tuned | worst target | won | s | cells |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in suite.arms:
+        cells = found.of(arm, shots, suite.report)
+        if not cells:
+            continue
+        values = found.values(arm, shots)
+        mean = statistics.fmean(statistics.fmean(values[t].values()) for t in suite.report if t in values)
+        extra = against["own-extra"].get(arm)
+        worst = f"{extra.worst} {signed(extra.by_target[extra.worst])}" if extra else ""
+        won = f"{extra.won * len(extra.by_target):g} of {len(extra.by_target)}" if extra else ""
+        shown = " | ".join(_difference(against[rival].get(arm)) for rival in RIVALS)
+        label = f"{ARMS[arm].label} (`{arm}`)"
+        seconds = statistics.fmean(c["seconds"] for c in cells)
+        count = str(len(cells)) if len(cells) == expected else f"**{len(cells)} of {expected}**"
+        lines.append(f"| {label} | {mean:.1f} | {shown} | {worst} | {won} | {seconds:.0f} | {count} |")
+    return lines
+
+
+def _by_target(found: Found, shots: int, task: str) -> list[str]:
+    metric = next(c["metric"] for c in found.cells if c["task"] == task)
+    lines = [f"| arm | {metric}, % | by seed | − own-extra | log-loss | s |", "|---|---|---|---|---|---|"]
+    against = differences(found, "own-extra", shots, [task])
+    for arm in found.suite.arms:
+        cells = sorted(found.of(arm, shots, [task]), key=lambda c: int(c["seed"]))
+        if cells:
+            values = [POINTS * c["value"] for c in cells]
+            each = " ".join(f"{v:.1f}" for v in values)
+            loss = statistics.fmean(c["log_loss"] for c in cells)
+            seconds = statistics.fmean(c["seconds"] for c in cells)
+            mean, difference = statistics.fmean(values), _difference(against.get(arm))
+            lines.append(f"| `{arm}` | {mean:.1f} | {each} | {difference} | {loss:.3f} | {seconds:.0f} |")
+    return lines
+
+
+def signed(value: float) -> str:
+    """
+    >>> signed(1.25), signed(-0.5), signed(-0.01)
+    ('+1.2', '−0.5', '0.0')
+    """
+    text = f"{value:+.1f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    if difference.pairs == 1:  # one pair has no spread to resample
+        return signed(difference.mean)
+    return f"{signed(difference.mean)} ({signed(difference.low)} to {signed(difference.high)})"

@@ -1,0 +1,235 @@
+"""Compute a suite's cells: unattended, resumable, by any number of processes on one work folder."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pituning
+from benchmarks.transfer.arms import ARMS
+from benchmarks.transfer.cells import Cells, digest, digest_examples
+from benchmarks.transfer.setting import Setting, recipe_of
+from benchmarks.transfer.sharing import Shared
+from benchmarks.transfer.sources import SourceRows, Tasks, pool_digest, source_rows, train_sources
+from benchmarks.transfer.suites import ABLATIONS, Suite
+from pituning.backbones.base import Backbone
+from pituning.errors import unknown_name
+from pituning.experts.pool import ExpertPool
+from pituning.tasks.task import Task, load_task
+from pituning.training.evaluation import evaluate
+
+REVISION = 1
+"""To be raised with every change to the arms that changes a figure: cells of an earlier one are not used again."""
+
+DETAILS = ("learning_rate", "steps", "experts", "weights", "chosen")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a suite to compute; ``None`` is all of it."""
+
+    tasks: tuple[str, ...] | None = None
+    arms: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+    def wanted(self, suite: Suite) -> list[tuple[str, str, int, int]]:
+        """(arm, task, shots, seed) in the order of computing: ablations last, then seed by seed, so that a part is balanced.
+
+        Raises:
+            UnknownNameError: for an arm or a task that the suite does not have.
+        """
+        for name in self.arms or ():
+            if name not in suite.arms:
+                raise unknown_name("arm", name, suite.arms)
+        tasks = suite.targets if self.tasks is None else suite.chosen_targets(self.tasks)
+        arms = [a for a in suite.arms if self.arms is None or a in self.arms]
+        seeds = suite.seeds if self.seeds is None else self.seeds
+        return [
+            (arm, task, shots, seed)
+            for late in (False, True)
+            for seed in seeds
+            for shots in suite.shots
+            for task in tasks
+            for arm in arms
+            if (arm in ABLATIONS) is late
+        ]
+
+
+@dataclass
+class Tally:
+    """What a run came to."""
+
+    computed: int = 0
+    known: int = 0
+    elsewhere: int = 0
+    failed: list[str] = field(default_factory=list)
+    out_of_time: bool = False
+
+    def __str__(self) -> str:
+        text = f"{self.computed} cells computed, {self.known} were there"
+        text += f", {self.elsewhere} are being computed by another process" if self.elsewhere else ""
+        text += f", {len(self.failed)} FAILED: {', '.join(self.failed)}" if self.failed else ""
+        return text + ("; stopped because the time was up" if self.out_of_time else "")
+
+
+@dataclass
+class Bench:
+    """A suite with its backbone, data and trained sources."""
+
+    suite: Suite
+    backbone: Backbone
+    tasks: Tasks
+    work: Path
+    pool: ExpertPool
+    rows: Mapping[str, SourceRows]
+    common: Mapping[str, Any]
+
+    def draw(self, task: str, shots: int, seed: int) -> Task:
+        """The target with its shots."""
+        target = self.tasks[task]
+        first = target.split("train")[0]
+        has_classes = bool(first.choices) and not first.answers
+        return target.few_shot(shots if has_classes else shots * self.suite.without_classes, seed)
+
+    def identity(self, arm: str, task: Task, shots: int) -> dict[str, Any]:
+        """Everything that changes the value of a cell."""
+        data = [digest_examples(task.split("train")), digest_examples(task.split("test", self.suite.test_limit))]
+        cell = {"task": task.name, "shots": shots, "seed": task.seed, "data": data}
+        return {"common": dict(self.common), "cell": {"arm": ARMS[arm].identity(), **cell}}
+
+    def setting(self, task: Task, shots: int) -> Setting:
+        """What the arms share on one draw."""
+        identity = self.identity("own", task, shots)
+        del identity["cell"]["arm"]
+        place = self.work / "shared" / f"{task.name}.{shots}.{task.seed}.{digest(identity)}"
+        recipe = recipe_of(self.suite, task.name, task.seed)
+        rows = {name: found.rows for name, found in self.rows.items()}
+        return Setting(
+            recipe, self.backbone, task, self.pool, self.pool, Shared(place),
+            self.work / "shared" / f"sets.{digest(self.common)}", rows, self.suite.source_training,
+        )  # fmt: skip
+
+
+def load_tasks(suite: Suite, data: Path | None) -> dict[str, Task]:
+    """Targets and sources, all of them read before anything is trained."""
+    return {name: load_task(name, data=data) for name in dict.fromkeys((*suite.targets, *suite.sources))}
+
+
+def prepared(
+    suite: Suite,
+    backbone: Backbone,
+    tasks: Tasks,
+    work: Path,
+    *,
+    out_of_time: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+) -> Bench | None:
+    """Train what is missing of the sources; ``None`` where the time ran out on it."""
+    rows = source_rows(suite, tasks, work / "sources")
+    pool = train_sources(suite, backbone, tasks, rows, work / "experts", out_of_time=out_of_time, say=say)
+    if pool is None:
+        return None
+    kind = backbone.device.type
+    common = {
+        "revision": REVISION,
+        "settings": suite.settings(),
+        "backbone": backbone.fingerprint,
+        "pool": pool_digest(pool),
+        "device": kind,
+        "precision": "bf16" if torch.is_autocast_enabled(kind) else "fp32",
+        "versions": {"pituning": pituning.__version__, **{n: version(n) for n in ("torch", "transformers", "peft")}},
+    }
+    return Bench(suite, backbone, tasks, work, pool, rows, json.loads(json.dumps(common)))
+
+
+def run(
+    bench: Bench,
+    part: Part = Part(),
+    *,
+    out_of_time: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+) -> Tally:
+    """Compute the cells of a part that are not there yet; a failed one is reported and does not stop the others."""
+    cells, tally = Cells(bench.work / "cells"), Tally()
+    code = code_digest()
+    for (task_name, shots, seed), arms in _by_draw(part.wanted(bench.suite)):
+        task = bench.draw(task_name, shots, seed)
+        setting: Setting | None = None
+        for arm in arms:
+            identity = bench.identity(arm, task, shots)
+            path = cells.path(identity)
+            name = f"{arm}/{task_name}/{shots}/{seed}"
+            if cells.read(path) is not None:
+                tally.known += 1
+                continue
+            if out_of_time():
+                tally.out_of_time = True
+                return tally
+            with cells.claimed(path) as mine:
+                if not mine:
+                    tally.elsewhere += 1
+                    continue
+                if cells.read(path) is not None:  # finished by another process between the look and the claim
+                    tally.known += 1
+                    continue
+                setting = setting or bench.setting(task, shots)
+                try:
+                    values = compute(bench, setting, arm)
+                except Exception as error:  # an unattended run goes on, and says so at its end
+                    traceback.print_exc()
+                    say(f"{name}: FAILED, {error}")
+                    tally.failed.append(name)
+                    continue
+                cells.write(path, {"identity": identity, "shots": shots, **values, "code": code})
+                tally.computed += 1
+                say(f"{name}: {values['metric']} {values['value']:.3f}, {values['seconds']:.1f} s")
+    return tally
+
+
+def compute(bench: Bench, setting: Setting, arm: str) -> dict[str, Any]:
+    """One cell."""
+    outcome, alone, needs = setting.shared.measured(lambda: ARMS[arm].compute(setting))
+    begin = time.perf_counter()
+    found = evaluate(outcome.backbone or bench.backbone, outcome.expert, setting.task, "test", bench.suite.test_limit)
+    details = dict(outcome.details)
+    return {
+        "arm": arm,
+        "task": setting.task.name,
+        "seed": setting.seed,
+        "metric": found.metric,
+        "value": found.value,
+        "log_loss": found.metrics["log-loss"],
+        "examples": len(found.predictions),
+        "seconds": alone + setting.shared.seconds(needs),
+        "seconds_alone": alone,
+        "seconds_of_test": time.perf_counter() - begin,
+        "needs": needs,
+        **{key: details.pop(key, None) for key in DETAILS},
+        "details": details,
+        "finished": time.strftime("%Y-%m-%d"),
+    }
+
+
+def code_digest() -> str:
+    """Digest of the sources of the package and of this benchmark."""
+    total = hashlib.sha256()
+    for folder in (Path(pituning.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _by_draw(wanted: Sequence[tuple[str, str, int, int]]) -> Iterator[tuple[tuple[str, int, int], list[str]]]:
+    """Runs of cells of one draw: they find its shared pieces in memory."""
+    for draw, cells in itertools.groupby(wanted, key=lambda cell: cell[1:]):
+        yield draw, [cell[0] for cell in cells]

@@ -1,0 +1,190 @@
+"""The suites as data: backbone, targets, sources, shots and arms; and on which targets a default may be tuned.
+
+The rule of the split. A *development* target is one on which a default of this project was, or may be, chosen; a *report*
+target is one on which none was: it is run once, and the means of a table are over these alone. Development targets among the
+language tasks are sst2 and cr (the search grid and the selection rules, docs/benchmarks.md) and those on which
+benchmarks/predict.py chooses the default similarity. On the emoji tasks nothing was chosen yet: in the order of their names,
+every other one is for development.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pituning.errors import PituningError, unknown_name
+from pituning.training.crossfit import Search
+from pituning.training.trainer import TrainSettings
+
+MAIN = (
+    "zero-shot", "own", "own-extra", "own-rescaled", "nearest", "nearest-tuned", "multitask-tuned", "soup", "soup-tuned",
+    "greedy-soup", "ties-tuned", "lorahub", "ratatouille", "pi-published", "pi", "pi-random", "pi-dissimilar", "pi-noise",
+    "pi-oracle", "full",
+)  # fmt: skip
+"""Every way to use experts, its controls and its references."""
+
+ABLATIONS = (
+    "pi-k1", "pi-k2", "pi-k5", "pi-model", "pi-layer", "pi-tensor", "pi-shared", "pi-weights", "pi-merge-then-tune",
+    "pi-uniform", "pi-similarity", "pi-without-own", "pi-with-own", "pi-bare",
+)  # fmt: skip
+"""π as shipped with one setting changed."""
+
+LANGUAGE = (
+    "agnews", "cola", "cr", "movie_reviews", "mrpc", "qnli", "sick_para", "sst2", "subj", "trec6", "tweet_emotion",
+    "tweet_sentiment",
+)  # fmt: skip
+"""The twelve language tasks with the most test examples (at least 400); the thirteenth, rte, has 277 and is a source alone."""
+
+DEVELOPMENT = ("agnews", "cr", "sick_para", "sst2", "subj", "tweet_emotion")
+
+EMOJI = tuple(
+    f"{name}-small"
+    for name in (
+        "emoji-caption", "emoji-count", "emoji-entailment", "emoji-group", "emoji-object", "emoji-style", "emoji-vqa",
+        "refemoji", "refemoji+", "refemojig",
+    )
+)  # fmt: skip
+
+
+SOURCE_TRAINING = TrainSettings(learning_rate=1e-3, epochs=2.0, batch_size=32)
+SEARCH = Search()
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is compared on what.
+
+    Attributes:
+        backbone: as :func:`pituning.load_backbone` takes it; ``--backbone`` overrides it.
+        development, report: the targets of either kind.
+        sources: tasks with an expert each; a task is never its own source.
+        shots: examples per class; of a task without classes, ``without_classes`` times as many examples in all.
+        seeds: of draw, folds and training order alike.
+        arms: names of :data:`benchmarks.transfer.arms.ARMS`.
+        test_limit: at most so many test examples, a fixed sample.
+        source_rows, source_training: what every source expert is trained on, and how.
+        texts_tell: whether near-duplicate texts are leaks: leaked rows are then left out of the sources' training. Texts about
+            made pictures repeat by design, and the pictures do not (docs/scenes.md).
+        top: experts that are blended.
+        search: the grid of every arm; its ``fold_seed`` is the seed's.
+    """
+
+    name: str
+    title: str
+    backbone: str
+    development: tuple[str, ...]
+    report: tuple[str, ...]
+    sources: tuple[str, ...]
+    method: str = "lora"
+    shots: tuple[int, ...] = (16,)
+    without_classes: int = 1
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    arms: tuple[str, ...] = MAIN
+    test_limit: int = 500
+    source_rows: int = 1000
+    source_training: TrainSettings = SOURCE_TRAINING
+    texts_tell: bool = True
+    top: int = 3
+    search: Search = SEARCH
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All targets in the order of their names."""
+        return tuple(sorted((*self.development, *self.report)))
+
+    def settings(self) -> dict[str, Any]:
+        """What of the suite changes the value of a cell, besides the cell's own arm, task, shots and seed."""
+        names = (
+            "sources",
+            "method",
+            "without_classes",
+            "test_limit",
+            "source_rows",
+            "source_training",
+            "texts_tell",
+            "top",
+            "search",
+        )
+        values = asdict(self)
+        return {name: values[name] for name in names}
+
+    def role(self, task: str) -> str:
+        """``"development"`` or ``"report"``."""
+        return "development" if task in self.development else "report"
+
+    def chosen_targets(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Targets by name; ``development`` and ``report`` stand for all of that kind.
+
+        Raises:
+            UnknownNameError: for a name that is no target.
+        """
+        groups = {"development": self.development, "report": self.report}
+        chosen = [task for name in names for task in groups.get(name, (name,))]
+        for name in chosen:
+            if name not in self.targets:
+                raise unknown_name("target", name, (*self.targets, *groups))
+        return tuple(t for t in self.targets if t in chosen)
+
+
+_CORE = Suite(
+    "core",
+    "MiniLM, LoRA, 16 shots per class, twelve language tasks",
+    "minilm",
+    DEVELOPMENT,
+    tuple(t for t in LANGUAGE if t not in DEVELOPMENT),
+    (*LANGUAGE, "rte"),
+    # for LoRA, whose two factors share a weight, weights per tensor are weights per module
+    arms=(*MAIN, *(a for a in ABLATIONS if a != "pi-tensor")),
+)
+
+SUITES: Mapping[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        _CORE,
+        Suite(
+            "shots",
+            "MiniLM, LoRA, 4 and 64 shots per class, twelve language tasks",
+            "minilm",
+            _CORE.development,
+            _CORE.report,
+            _CORE.sources,
+            shots=(4, 64),
+        ),
+        Suite(
+            "t5",
+            "FLAN-T5-small, LoRA, 16 shots per class, four language tasks",
+            "google/flan-t5-small",
+            ("cr", "subj"),
+            ("mrpc", "trec6"),
+            _CORE.sources,
+        ),
+        Suite(
+            "nano",
+            "a small OFA, bottleneck adapters, emoji scenes",
+            "runs/ofa-nano/model",
+            EMOJI[::2],
+            EMOJI[1::2],
+            EMOJI,
+            method="bottleneck",
+            without_classes=8,
+            arms=(*MAIN, *ABLATIONS),
+            source_rows=2000,
+            texts_tell=False,
+        ),
+    )
+}
+
+
+def suite_named(name: str) -> Suite:
+    """A suite.
+
+    Raises:
+        UnknownNameError: if there is none of that name.
+    """
+    if name not in SUITES:
+        raise unknown_name("suite", name, SUITES)
+    suite = SUITES[name]
+    if set(suite.development) & set(suite.report):
+        raise PituningError(f"suite {name!r}: a target is for development and for the report")
+    return suite
