@@ -5,7 +5,6 @@ Each trained arm finds learning rate and steps by cross-fitting on the same fold
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,9 @@ from torch import Tensor
 from benchmarks.transfer.descent import fully_tuned
 from benchmarks.transfer.setting import Setting
 from pituning.backbones.base import Backbone
+from pituning.experiments.controls import random_parameters
 from pituning.experts.expert import Expert, initial_of
-from pituning.interpolation.build import is_lora, lora_factors
+from pituning.interpolation.build import is_lora
 from pituning.interpolation.collapse import collapse
 from pituning.interpolation.operators import merge
 from pituning.methods.attach import attached
@@ -252,39 +252,6 @@ def _best_measured(setting: Setting) -> list[Expert]:
     gains = setting.measured
     order = sorted(setting.ranking.experts, key=lambda e: (-gains[e.name], e.name))
     return order[: setting.top]
-
-
-def random_parameters(backbone: Backbone, expert: Expert, seed: int) -> Expert:
-    """A random expert that changes as much as the given one does: ‖ΔW‖ of each module for LoRA, else ‖φ − φ_0‖ of each tensor.
-
-    LoRA's A has the norm of the expert's A, and B is scaled so that the products have one norm: random directions of A and B
-    seldom agree, so factors of equal norm would change less.
-    """
-    named = hashlib.sha256(f"{seed}/{expert.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(named[:7], "big"))
-
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64)
-
-    tensors: dict[str, Tensor] = {}
-    if is_lora(expert):
-        for module, factor in sorted(lora_factors(expert).items()):
-            a, b = noise(factor.a), noise(factor.b)
-            a = a * (factor.a.double().norm() / a.norm())
-            b = b * ((factor.b.double() @ factor.a.double()).norm() / (b @ a).norm())
-            tensors |= {f"{module}.lora_A.weight": a.to(factor.a), f"{module}.lora_B.weight": b.to(factor.b)}
-            if factor.bias is not None:
-                bias = noise(factor.bias)
-                tensors[f"{module}.lora_B.bias"] = (bias * factor.bias.double().norm() / bias.norm()).to(factor.bias)
-    else:
-        start = initial_of(backbone, expert)
-        for key, tensor in sorted(expert.tensors.items()):
-            direction, origin = noise(tensor), start[key].double()
-            change = direction * ((tensor.double() - origin).norm() / direction.norm())
-            tensors[key] = (origin + change).to(tensor)
-    return Expert({key: tensors[key] for key in expert.tensors}, expert.config, expert.card).with_card(
-        name=f"noise like {expert.name}", metrics={}
-    )
 
 
 def _full(setting: Setting) -> Outcome:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.transfer.__main__ import main
-from benchmarks.transfer.arms import ARMS, random_parameters, rescaled
+from benchmarks.transfer.arms import ARMS, rescaled
 from benchmarks.transfer.cells import Cells, claimed, digest
 from benchmarks.transfer.descent import fully_tuned
 from benchmarks.transfer.intervals import paired_difference, resampled_means
@@ -30,6 +30,7 @@ from benchmarks.transfer.sharing import Shared
 from benchmarks.transfer.sources import audit, source_rows
 from benchmarks.transfer.suites import ABLATIONS, MAIN, SUITES, Suite
 from pituning.example import Example
+from pituning.experiments.controls import random_parameters
 from pituning.experts import Expert
 from pituning.experts.health import require_sound
 from pituning.tasks import Task, load_task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.experiments.recipe import Recipe
-from pituning.experts.expert import Expert
+from pituning.experts.expert import Expert, initial_of
 from pituning.experts.pool import ExpertPool
-from pituning.interpolation.build import build_mixture
+from pituning.interpolation.build import build_mixture, is_lora, lora_factors
 from pituning.interpolation.collapse import collapse
 from pituning.similarity.select import Ranking, rank_experts
 from pituning.tasks.task import Task
@@ -160,18 +162,41 @@ def _random_tuned(draw: Draw) -> ArmResult:
 
 def _noise_tuned(draw: Draw) -> ArmResult:
     section = draw.recipe.interpolation
-    noisy = [_scrambled(e, draw.task.seed) for e in draw.ranking.top(section.top)]
+    noisy = [random_parameters(draw.backbone, e, draw.task.seed) for e in draw.ranking.top(section.top)]
     return draw.tuned(draw.soup(noisy, section.train))
 
 
-def _scrambled(expert: Expert, seed: int) -> Expert:
-    """Gaussian tensors with the norms of the expert's."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for key, tensor in sorted(expert.tensors.items()):
-        noise = torch.randn(tensor.shape, generator=generator)
-        tensors[key] = noise * (tensor.norm() / noise.norm())
-    return Expert(tensors, expert.config, expert.card)
+def random_parameters(backbone: Backbone, expert: Expert, seed: int) -> Expert:
+    """A random expert that changes as much as the given one does: ‖ΔW‖ of each module for LoRA, else ‖φ − φ_0‖ of each tensor.
+
+    LoRA's A has the norm of the expert's A, and B is scaled so that the products have one norm: random directions of A and B
+    seldom agree, so factors of equal norm would change less.
+    """
+    named = hashlib.sha256(f"{seed}/{expert.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(named[:7], "big"))
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+    tensors: dict[str, Tensor] = {}
+    if is_lora(expert):
+        for module, factor in sorted(lora_factors(expert).items()):
+            a, b = noise(factor.a), noise(factor.b)
+            a = a * (factor.a.double().norm() / a.norm())
+            b = b * ((factor.b.double() @ factor.a.double()).norm() / (b @ a).norm())
+            tensors |= {f"{module}.lora_A.weight": a.to(factor.a), f"{module}.lora_B.weight": b.to(factor.b)}
+            if factor.bias is not None:
+                bias = noise(factor.bias)
+                tensors[f"{module}.lora_B.bias"] = (bias * factor.bias.double().norm() / bias.norm()).to(factor.bias)
+    else:
+        start = initial_of(backbone, expert)
+        for key, tensor in sorted(expert.tensors.items()):
+            direction, origin = noise(tensor), start[key].double()
+            change = direction * ((tensor.double() - origin).norm() / direction.norm())
+            tensors[key] = (origin + change).to(tensor)
+    return Expert({key: tensors[key] for key in expert.tensors}, expert.config, expert.card).with_card(
+        name=f"noise like {expert.name}", metrics={}
+    )
 
 
 def _pi(draw: Draw) -> ArmResult:

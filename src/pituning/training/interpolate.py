@@ -100,7 +100,8 @@ def choose(
         expert.require_backbone(backbone)
     examples = task.split("train")
     losses = [expert_log_loss(backbone, e, task) for e in experts]
-    own_folds = fold_experts(backbone, task, own, search) if own is not None else {}
+    compared = include_own is not False or alternatives  # the own expert, with one of the candidates or as one
+    own_folds = fold_experts(backbone, task, own, search) if own is not None and compared else {}
     plans: list[_Plan] = []
     how: dict[str, Any] = {
         "train": train, "granularity": granularity, "coefficients": coefficients, "temperature": temperature,
