@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from build_grounding_data import BOX_STEP, COLOURS, SCALE, SIDES, SIZES, Thing, things
@@ -106,15 +105,9 @@ def are_towers(boxes: Contents) -> bool:
 
 def touches(thing: Thing) -> bool:
     """Whether a thing touches the edge of its box."""
-    return bool(touched_sides(thing))
-
-
-def touched_sides(thing: Thing) -> set[str]:
-    """Which edges of its box a thing touches."""
     x0, y0, x1, y1 = (c / SCALE for c in thing.box)
     left = SIDES.index(thing.side) * BOX_STEP
-    touched = {"left": x0 <= left, "right": x1 >= left + BOX_SIDE, "top": y0 <= 0, "bottom": y1 >= BOX_SIDE}
-    return {side for side, touches_it in touched.items() if touches_it}
+    return x0 <= left or x1 >= left + BOX_SIDE or y0 <= 0 or y1 >= BOX_SIDE
 
 
 def premise(record: Mapping[str, Any]) -> str:
@@ -152,7 +145,7 @@ def statements_about(
     found: list[tuple[Mapping[str, Any], str, bool]] = []
     while len(found) < count:
         is_tower = rng.random() < len(kinds[0]) / len(records)
-        makers: Sequence[Maker] = TOWER_MAKERS if is_tower else THING_MAKERS
+        makers: Sequence[Maker] = (_about_towers, _about_blocks) if is_tower else (_about_things, _about_boxes)
         make = rng.choice(makers)
         number, text, by_truth = rng.getrandbits(32), "", dict[bool, Mapping[str, Any]]()
         for record, boxes in rng.sample(kinds[0 if is_tower else 1], TRIES):
@@ -234,86 +227,12 @@ def _about_blocks(boxes: Contents, rng: random.Random) -> Claim:
     return _counted(count, f"{colour} {rng.choice(('block', 'square', 'item'))}", "", rng)
 
 
-def _about_tower_parts(boxes: Contents, rng: random.Random) -> Claim:
-    """What people say of towers without "a tower with …" in front."""
-    colour, other, n, end = _colour(rng), _colour(rng), rng.randint(1, 4), rng.choice(tuple(ENDS))
-    towers = [[t.colour for t in box] for box in boxes if box]
-    least = rng.choice(("exactly ", "at least ", "only "))
-    blocks = f"{least}{_number(n, rng)} {_plural('block', n)}"
-    kind = rng.randrange(7)
-    if kind == 0:
-        count = sum(c[ENDS[end]] == colour and _enough(len(c), n, least) for c in towers)
-        return _counted(count, f"{colour} block", f" as the {end} of a tower with {blocks}", rng)
-    if kind == 1:
-        count = sum((other, colour) in pairwise(c) for c in towers)
-        over = rng.choice(("on", "over", "above", "on top of"))
-        return f"there is a {colour} block {over} a {other} block", count >= 1
-    if kind == 2:
-        place = rng.choice((1, 2))
-        count = sum(len(c) > place and c[place] == colour for c in towers)
-        ordinal = ("second", "third")[place - 1]
-        return _counted(
-            count, "tower", f" where the {ordinal} block {rng.choice(('from the base ', ''))}is {colour}", rng
-        )
-    if kind == 3:
-        count = sum(_enough(len(c), n, least) and c[ENDS[end]] == colour for c in towers)
-        return _counted(
-            count, "tower", f" with {blocks} {rng.choice(('having', 'with'))} a {colour} block at the {end}", rng
-        )
-    if kind == 4:
-        few = rng.randint(1, 2)
-        count = sum(c.count(colour) >= few for c in towers)
-        start = rng.choice(("each tower has", "all 3 towers have", "each box has", "all the towers have"))
-        return f"{start} at least {_number(few, rng)} {colour} {_plural('block', few)}", count == len(boxes)
-    if kind == 5:
-        how, wanted = rng.choice((("all three", 3), ("all 3", 3), ("only two", 2), ("two", 2)))
-        return _counted(sum(len(set(c)) == wanted for c in towers), "tower", f" with blocks of {how} colors", rng)
-    count = sum(set(c) == {colour} for c in towers)
-    return _counted(count, f"{colour} tower", "", rng)
-
-
 def _about_things(boxes: Contents, rng: random.Random) -> Claim:
     noun, fits = _kind(rng)
     edge = rng.choice((None, None, True, True, False))
-    place = rng.choice(("edge", "wall", "side", "bottom", "base", "top", "bottom edge", "corner"))
-    sides = {"top": {"top"}, "bottom": {"bottom"}, "base": {"bottom"}, "bottom edge": {"bottom"}}.get(place)
-
-    def is_there(thing: Thing) -> bool:
-        touched = touched_sides(thing)
-        if place == "corner":
-            return len(touched) > 1
-        return bool(touched & sides if sides else touched)
-
-    close = rng.choice(("", "", "closely "))
-    end = rng.choice(("", "", " of a box")) if place != "edge" else ""
-    tail = {None: "", True: f" {close}touching the {place}{end}", False: f" not touching the {place}"}[edge]
-    return _counted(sum(fits(t) and edge in (None, is_there(t)) for box in boxes for t in box), noun, tail, rng)
-
-
-def _about_all_boxes(boxes: Contents, rng: random.Random) -> Claim:
-    """What people say of every box, or of the colours and shapes in one."""
-    (noun, fits), n, colour = _kind(rng), rng.choice((1, 1, 1, 2)), _colour(rng)
-    kind = rng.randrange(4)
-    if kind == 0:
-        has = rng.choice(("each box has", "each grey box contains", "all 3 boxes have"))
-        least = rng.choice(("at least ", "exactly "))
-        held = all(_enough(sum(map(fits, box)), n, least) for box in boxes)
-        return f"{has} {least}{_number(n, rng)} {_plural(noun, n)}", held
-    if kind == 1:
-        m, least = rng.randint(1, 7), rng.choice(("exactly ", "at least "))
-        count = sum(_enough(len(box), m, least) for box in boxes)
-        return f"one of the grey box has {least}{_number(m, rng)} {_plural('object', m)}", count >= 1
-    if kind == 2:
-        count = sum({t.colour for t in box} == {colour} for box in boxes)
-        words = rng.choice(
-            (" with items of only {} color", " with only {} items", " with all {} items", " that has only {} items")
-        )
-        return _counted(count, "box", words.format(colour), rng)
-    how, wanted = rng.choice(
-        (("all 3 different colors", 3), ("3 different colors", 3), ("two different colors", 2), ("the same color", 1))
-    )
-    count = sum(len({t.colour for t in box}) == wanted for box in boxes)
-    return _counted(count, "box", f" with items of {how}", rng)
+    place = rng.choice(("edge", "wall", "side"))
+    tail = {None: "", True: f" touching the {place}", False: f" not touching the {place}"}[edge]
+    return _counted(sum(fits(t) and edge in (None, touches(t)) for box in boxes for t in box), noun, tail, rng)
 
 
 def _about_boxes(boxes: Contents, rng: random.Random) -> Claim:
@@ -335,10 +254,6 @@ def _about_boxes(boxes: Contents, rng: random.Random) -> Claim:
     if rng.random() < 0.2:
         return f"each {rng.choice(('box', 'grey box'))} is a box{tail}", count == len(boxes)
     return _counted(count, rng.choice(("box", "box", "grey box")), tail, rng)
-
-
-TOWER_MAKERS: Sequence[Maker] = (_about_towers, _about_towers, _about_blocks, _about_tower_parts)
-THING_MAKERS: Sequence[Maker] = (_about_things, _about_things, _about_boxes, _about_all_boxes)
 
 
 def _kind(rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
