@@ -1,12 +1,13 @@
 """Which similarity predicts who helps? Every kind × reference point against the measured gain of a warm start.
 
-    python benchmarks/predict.py --data ../shared/data/text --work runs/predict --threads 2
+    python benchmarks/predict.py --data ../shared/data/text --work runs/predict --threads 1
 
 For every target, every draw of 16 shots per class and every expert of another task: the target's test accuracy after the
 expert was fine-tuned on the shots, minus that of the own expert after as many steps from the common start. One rate for each
 of the two, fixed beforehand; no choice is made on test figures. Experts are trained on 1,000 rows of their tasks. Every
-figure is kept in the work folder as soon as it is there; a run that is begun again goes on. Processes may share a work folder
-if each has targets of its own (`--tasks`) and the experts are there.
+figure is kept in a folder (`--figures`) as soon as it is there, with a hash of the experts that it was measured with; a run
+that is begun again with the same experts goes on. Processes may share the folders if each has targets of its own (`--tasks`)
+and the experts are there.
 
 The truth is a mean over draws, and has noise: the *ceiling* is the rank correlation between the gains of two halves of the
 draws, corrected for the halving (Spearman–Brown), averaged over all splits. Against the truth stand Spearman's ρ, NDCG@3 and
@@ -17,6 +18,7 @@ is a random order. The default is chosen on every other target, and reported on 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import statistics
@@ -91,12 +93,13 @@ def _card(backbone: Backbone, task: Task, rows: int) -> Any:
 
 
 def measure(
-    backbone: Backbone, pool: pt.ExpertPool, data: Path, target: str, draw: int, limit: int, file: Path
+    backbone: Backbone, pool: pt.ExpertPool, data: Path, target: str, draw: int, limit: int, file: Path, experts: str
 ) -> dict[str, Any]:
     """One target and draw: the own expert's accuracy, the gain of every source, and every similarity; kept as it grows."""
-    found: dict[str, Any] = (
-        json.loads(file.read_text()) if file.is_file() else {"target": target, "draw": draw, "gains": {}}
-    )
+    found: dict[str, Any] = {"target": target, "draw": draw, "limit": limit, "experts": experts, "gains": {}}
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        found = kept if all(kept.get(key) == found[key] for key in ("limit", "experts")) else found
     task = pt.load_task(target, data=data).few_shot(16, draw)
     own_run = TrainSettings(
         learning_rate=OWN_RATE, steps=STEPS, batch_size=BATCH, schedule="constant_with_warmup", seed=draw
@@ -125,6 +128,13 @@ def measure(
         found["similarities"][label] = {e.name: s for e, s in zip(ranking.experts, ranking.similarities, strict=True)}
         _keep(file, found)
     return found
+
+
+def pool_hash(pool: pt.ExpertPool) -> str:
+    """The same for pools whose experts have the same names and tensors."""
+    from pituning.experts.expert import tensor_hash
+
+    return hashlib.sha256(repr([(e.name, tensor_hash(e.tensors)) for e in pool]).encode()).hexdigest()[:16]
 
 
 def _keep(file: Path, found: Mapping[str, Any]) -> None:
@@ -268,6 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the text tasks")
     parser.add_argument("--work", type=Path, required=True, help="for experts and figures")
+    parser.add_argument("--figures", type=Path, help="folder of the figures (default: figures in --work)")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--limit", type=int, default=300, help="test examples of each task (default 300)")
@@ -275,17 +286,19 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true", help="from what is kept, without running anything")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    folder = arguments.figures or arguments.work / "figures"
     files = {
-        (target, draw): arguments.work / "figures" / f"{target}-{draw}.json"
+        (target, draw): folder / f"{target}-{draw}.json"
         for draw in range(arguments.draws)
         for target in arguments.tasks
     }
     if not arguments.report_only:
         backbone = pt.load_backbone("minilm")
         pool = trained_pool(backbone, arguments.work, arguments.data, arguments.tasks)
+        experts = pool_hash(pool)
         for (target, draw), file in files.items():
             start = time.perf_counter()
-            found = measure(backbone, pool, arguments.data, target, draw, arguments.limit, file)
+            found = measure(backbone, pool, arguments.data, target, draw, arguments.limit, file, experts)
             best = max(found["gains"], key=lambda s: found["gains"][s])
             print(
                 f"{target} {draw}: own {found['own']:.1f}, best {best} {found['gains'][best]:+.1f}, "
@@ -294,7 +307,7 @@ def main() -> None:
             )
     rows = [json.loads(file.read_text()) for file in files.values() if file.is_file()]
     if not rows:
-        sys.exit(f"no figures in {arguments.work}")
+        sys.exit(f"no figures in {folder}")
     found = report(rows)
     (arguments.work / "predict.json").write_text(json.dumps(found, indent=1) + "\n")
     show(found)

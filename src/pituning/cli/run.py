@@ -16,6 +16,8 @@ from pituning.cli.verb import verb
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from pituning.report.content import Metric
+
 
 @verb
 def run(
@@ -102,21 +104,22 @@ def _numbers(seeds: str | None) -> list[int] | None:
 
 
 def _tables(results: Mapping[str, Any]) -> list[Group]:
+    from pituning.report.content import Metric
+
+    metric = Metric(results.get("metric", "accuracy"))
     arms = [
-        [
-            arm["label"],
-            f"{100 * statistics.fmean(arm['values']):.1f}",
-            "  ".join(f"{100 * v:.1f}" for v in arm["values"]),
-        ]
+        [arm["label"], metric.plain(statistics.fmean(arm["values"])), "  ".join(map(metric.plain, arm["values"]))]
         for arm in results["arms"]
     ]
     differences = [
-        [d["name"], f"{100 * d['mean']:+.1f}", _interval(d.get("low"), d.get("high"))]
+        [d["name"], metric.signed(d["mean"]), _interval(metric, d.get("low"), d.get("high"))]
         for d in results.get("differences", ())
     ]
-    shown = [table(f"{results['title']}, per cent", ["arm", "mean#", "seed by seed"], arms)]
-    return [*shown, table("Differences in points", ["", "mean#", "interval"], differences)] if differences else shown
+    unit = "per cent" if metric.unit else metric.name
+    shown = [table(f"{results['title']}, {unit}", ["arm", "mean#", "seed by seed"], arms)]
+    head = f"Differences in {metric.difference_unit}"
+    return [*shown, table(head, ["", "mean#", "interval"], differences)] if differences else shown
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
+def _interval(metric: Metric, low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{metric.signed(low)} to {metric.signed(high)}"

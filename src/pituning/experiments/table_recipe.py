@@ -25,9 +25,13 @@ class _Strict(BaseModel):
 
 def missing_backbone(name: str) -> list[str]:
     """What is wrong with a backbone's folder, if a folder is meant; a hub id is only found out when it is fetched."""
-    if not name.startswith((".", "/", "~")) or Path(name).expanduser().is_dir():
+    is_meant = name.startswith((".", "/", "~")) or name.count("/") > 1  # a hub id is owner/name
+    if not is_meant or Path(name).expanduser().is_dir():
         return []
-    return [f"backbone: there is no folder {name}; `pituning convert` writes one from an OFA checkpoint"]
+    return [
+        f"backbone: there is no folder {name}; `pituning convert` writes one from an OFA checkpoint, `pituning pretrain` "
+        "trains a small one"
+    ]
 
 
 class TrainingSection(_Strict):

@@ -64,7 +64,7 @@ def render_graph(drawing: Drawing, title: str) -> str:
 def _network(drawing: Drawing) -> tuple[str, str]:
     names = drawing.found.graph.names
     note = (
-        "Similar tasks tend to lie near each other; a wider, darker line is a stronger similarity. A node is one expert, its "
+        "Similar tasks tend to lie near each other; a wider, bolder line is a stronger similarity. A node is one expert, its "
         "colour the kind of its task, or its method where its card does not tell. Point at a node for its card, click it for "
         "its nearest; drag to move, double-click to see all again."
     )
