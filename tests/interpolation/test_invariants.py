@@ -260,10 +260,11 @@ def test_invariants(random_examples: Any, case: Case) -> None:
     groups = len(group_names(experts, case.granularity))
     own = [loss_of(backbone, e, batch) for e in experts]
 
-    # K = 1 runs the expert's own tensors, bit by bit
+    # K = 1 runs the expert's own tensors, bit by bit; what a CPU's kernels make of equal tensors may depend on their addresses
     alone, config = build_mixture(experts[:1], train="none", granularity=case.granularity)
-    assert torch.equal(run_mixture(backbone, alone, config, batch), own[0])
     assert all(torch.equal(t, experts[0].tensors[k]) for k, t in alone().items())
+    rounding = 16 * torch.finfo(case.dtype).eps
+    torch.testing.assert_close(run_mixture(backbone, alone, config, batch), own[0], rtol=rounding, atol=0)
 
     # one-hot weights run that expert
     chosen = case.seed % case.count
