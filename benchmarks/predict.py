@@ -148,6 +148,8 @@ def ceiling(gains: Mapping[str, Sequence[float]]) -> float:
     """Rank correlation that a perfect predictor of the expected gains could be seen to have with a mean over the draws."""
     table = np.array([gains[s] for s in sorted(gains)])  # [sources, draws]
     draws = range(table.shape[1])
+    if len(draws) < 2:
+        return float("nan")
     found = []
     for half in itertools.combinations(draws, len(draws) // 2):
         rest = [d for d in draws if d not in half]
@@ -211,6 +213,8 @@ def has_help(draws: Sequence[float]) -> bool:
     from scipy.stats import t
 
     array = np.array(draws)
+    if len(array) < 2:
+        return False
     width = float(t.ppf(0.975, len(array) - 1)) * array.std(ddof=1) / len(array) ** 0.5
     return bool(array.mean() - width > 0)
 
@@ -309,6 +313,7 @@ def main() -> None:
     if not rows:
         sys.exit(f"no figures in {folder}")
     found = report(rows)
+    arguments.work.mkdir(parents=True, exist_ok=True)
     (arguments.work / "predict.json").write_text(json.dumps(found, indent=1) + "\n")
     show(found)
 
