@@ -30,7 +30,7 @@ TIED = 1e-4  # where scores are closer than this, either may be first
 BATCHES = ("A", "B", "C", "D")
 TINY, REAL, GRADIENT = 1e-5, 1e-4, 1e-4  # tolerances of the fixtures' README
 # The original rounds GELU and softmax to float32, whose last bits depend on the processor's kernels: with AVX-512, 1e-9 holds.
-DOUBLE = 1e-9 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1e-8
+DOUBLE = 1e-9 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 3e-8
 
 
 def recorded(case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

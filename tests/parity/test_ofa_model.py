@@ -77,7 +77,7 @@ def test_float64(batch: str) -> None:
     decoder_input, labels = targets_of(batch)
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs_of(batch).items()}
     expected = meta["loss"][f"{batch}.ls0.1"]
-    for rounding, tolerance in ((True, DOUBLE), (False, 1e-8)):
+    for rounding, tolerance in ((True, DOUBLE), (False, max(1e-8, DOUBLE))):
         model = tiny_model(reference_rounding=rounding).double()
         with torch.no_grad():
             logits = model(**inputs, decoder_input_ids=decoder_input).logits
