@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from pituning.backbones.ofa import OFABackbone, OFAConfig, OFAForConditionalGeneration, OFAProcessor
 from pituning.example import Box, Example
+from pituning.experiments.pretraining import bpe_vocabulary, positions_like_contents
 from pituning.metrics.boxes import intersection_over_union
 from pituning.tasks import Task, load_task
 
@@ -60,16 +60,7 @@ EPOCHS = {"refcoco": 3, "vqa": 3, "snli_ve": 6, "snli_ve-premise": 6}
 
 def build_model(texts: Sequence[str]) -> tuple[OFAForConditionalGeneration, OFAProcessor]:
     """A tiny OFA whose BPE pieces come from the texts."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, show_progress=False)
-    )
-    content = json.loads(bpe.to_str())["model"]
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in content["merges"]]
-    pieces = sorted(content["vocab"], key=content["vocab"].get)
-    symbols = ["<s>", "<pad>", "</s>", "<unk>", *pieces, "<mask>", *(f"<bin_{n}>" for n in range(BINS))]
+    symbols, merges = bpe_vocabulary(texts, PIECES, BINS)
     processor = OFAProcessor.from_symbols(symbols, merges, image_size=SIDE, max_image_size=SIDE)
     torch.manual_seed(0)
     return OFAForConditionalGeneration(OFAConfig(vocab_size=len(symbols), **SIZES)), processor
@@ -109,7 +100,7 @@ def pretrain(data: Path, folder: Path, steps: int, names: Sequence[str]) -> None
         for _ in range(40):
             examples = [next(stream) for stream in full.values() for _ in range(32 // len(full))]
             stem.train()(backbone.collate(examples)["patch_images"])
-        _places_as_large_as_contents(model, backbone.collate(examples)["patch_images"])
+        positions_like_contents(model, backbone.collate(examples)["patch_images"])
     for step in range(1, steps + 1):
         model.train()
         stem.eval()
@@ -136,15 +127,6 @@ def _shares(shares: dict[str, int]) -> dict[str, int]:
     """Examples of a step by stream, at least 48 in all."""
     factor = max(1.0, 48 / max(1, sum(shares.values())))
     return {name: round(factor * share) for name, share in shares.items()}
-
-
-@torch.no_grad()
-def _places_as_large_as_contents(model: OFAForConditionalGeneration, images: torch.Tensor) -> None:
-    """Scale the positions that are added to the contents, so that places can be told apart from the first step."""
-    encoder = model.get_encoder()
-    contents = encoder.image_proj(encoder.embed_images.eval()(images).flatten(2).transpose(1, 2))
-    table = encoder.embed_image_positions.weight
-    table.mul_((contents - contents.mean((0, 1))).std() / table.std())
 
 
 def _shuffled(task: Task) -> Iterator[Example]:

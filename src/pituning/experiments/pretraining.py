@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,14 +119,15 @@ class Collator:
 
 def build(recipe: PretrainRecipe) -> tuple[OFAForConditionalGeneration, OFAProcessor]:
     """The untrained model, and the processor with a vocabulary made from the texts of the recipe's tasks."""
-    processor = OFAProcessor.from_symbols(*_vocabulary(recipe), image_size=recipe.side, max_image_size=recipe.side)
+    symbols, merges = bpe_vocabulary(_texts(recipe), recipe.vocabulary.pieces, recipe.vocabulary.bins)
+    processor = OFAProcessor.from_symbols(symbols, merges, image_size=recipe.side, max_image_size=recipe.side)
     torch.manual_seed(recipe.seed)
     model = OFAForConditionalGeneration(OFAConfig(**{**recipe.model, "vocab_size": processor.vocab_size}))
     if recipe.positions_like_contents:
         stream = Stream(recipe)
         images = [example for n in range(4 * recipe.batch_size) if (example := stream[n][1]).image is not None]
         batch = Collator(processor)([("", example) for example in images])
-        _positions_like_contents(model, batch["patch_images"])
+        positions_like_contents(model, batch["patch_images"])
     return model, processor
 
 
@@ -276,21 +277,27 @@ def _arguments(recipe: PretrainRecipe, folder: Path, device: str) -> TrainingArg
     )
 
 
-def _vocabulary(recipe: PretrainRecipe) -> tuple[list[str], list[tuple[str, str]]]:
-    """Symbols in the order of their ids, and BPE merges."""
+def bpe_vocabulary(texts: Iterable[str], pieces: int, bins: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """A byte-level BPE vocabulary made from texts, as :meth:`OFAProcessor.from_symbols` takes it.
+
+    Args:
+        pieces: BPE pieces, the 256 bytes among them.
+        bins: location bins.
+
+    Returns:
+        symbols in the order of their ids, and the merges.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pieces = recipe.vocabulary.pieces
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        _texts(recipe), trainers.BpeTrainer(vocab_size=pieces, initial_alphabet=alphabet, show_progress=False)
+        texts, trainers.BpeTrainer(vocab_size=pieces, initial_alphabet=alphabet, show_progress=False)
     )
     content = json.loads(bpe.to_str())["model"]
     pairs = [m.split(" ") if isinstance(m, str) else m for m in content["merges"]]
-    merges = [(left, right) for left, right in pairs]
     ordered = sorted(content["vocab"], key=content["vocab"].get)
-    bins = [f"<bin_{n}>" for n in range(recipe.vocabulary.bins)]
-    return ["<s>", "<pad>", "</s>", "<unk>", *ordered, MASK, *bins], merges
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", *ordered, MASK, *(f"<bin_{n}>" for n in range(bins))]
+    return symbols, [(left, right) for left, right in pairs]
 
 
 def _texts(recipe: PretrainRecipe) -> Iterator[str]:
@@ -305,7 +312,8 @@ def _texts(recipe: PretrainRecipe) -> Iterator[str]:
 
 
 @torch.no_grad()
-def _positions_like_contents(model: OFAForConditionalGeneration, images: Tensor) -> None:
+def positions_like_contents(model: OFAForConditionalGeneration, images: Tensor) -> None:
+    """Scale the positions that are added to the contents, so that places can be told apart from the first step."""
     encoder = model.get_encoder()
     stem = encoder.embed_images.eval()
     contents = encoder.image_proj(stem(images).flatten(2).transpose(1, 2))

@@ -136,8 +136,26 @@ def _questions(source: Source) -> Kind:
     return VQA(VQA_ANSWERS)
 
 
+class _WithoutFiles:
+    """What a definition says that needs no files."""
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """None: nothing is read."""
+        return ()
+
+    @property
+    def hub(self) -> None:
+        """It is not in the `datasets` hub."""
+        return
+
+    def is_in(self, folder: Path) -> bool:
+        """No folder holds it."""
+        return False
+
+
 @dataclass(frozen=True)
-class EmojiTask:
+class EmojiTask(_WithoutFiles):
     """A named task on scenes.
 
     Attributes:
@@ -152,13 +170,6 @@ class EmojiTask:
     columns: tuple[str, ...]
     kind: Callable[[Source], Kind] = field(repr=False)
     vocabulary: Vocabulary = "full"
-
-    folders: tuple[str, ...] = ()
-    hub: tuple[str, str | None] | None = None
-
-    def is_in(self, folder: Path) -> bool:
-        """No folder holds it: it has no files."""
-        return False
 
     def load(self, folder: Path | None) -> Task:
         """The task with its default sizes."""
@@ -199,7 +210,7 @@ alone (detection), captions, questions, and names of single things."""
 
 
 @dataclass(frozen=True)
-class HeldOutPretraining:
+class HeldOutPretraining(_WithoutFiles):
     """What pretraining learns, by name, on scenes that it has not seen: see :func:`pretraining_task`.
 
     Attributes:
@@ -210,13 +221,6 @@ class HeldOutPretraining:
     name: str
     kind: str
     vocabulary: Vocabulary = "full"
-
-    folders: tuple[str, ...] = ()
-    hub: tuple[str, str | None] | None = None
-
-    def is_in(self, folder: Path) -> bool:
-        """No folder holds it: it has no files."""
-        return False
 
     def load(self, folder: Path | None) -> Task:
         """The task, which has a ``test`` split alone."""
