@@ -203,19 +203,48 @@ def test_only_sums_over_the_batch_are_kept() -> None:
     gradients, weights = torch.randn(5, 3, 2, generator=generator), torch.rand(5, generator=generator)
     squares = Squares(torch.tensor([1, 0, 1, 0, 1]))
     for _ in range(2):
+        squares.begin(weights)
         squares.add("w", gradients.clone())  # what is added is used up
-        squares.close(weights)
+        squares.close()
     for total, rows in zip(squares.totals, ((1, 3), (0, 2, 4)), strict=True):
         slow = sum(2 * weights[i].double() * gradients[i].double() ** 2 for i in rows)
         torch.testing.assert_close(total["w"], slow, rtol=1e-6, atol=0)  # squared in float32, summed in float64
+
+
+@pytest.mark.parametrize("parity", [[0, 1, 0, 1, 0], [0, 0, 1, 0, 1]])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_linear_layers_gradients_are_squared_in_parts_unless_it_is_called_twice(
+    parity: list[int], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients, inputs = (torch.randn(calls, 5, 4, width, generator=generator) for width in (3, 2))
+    monkeypatch.setattr("pituning.similarity.per_example._CHUNK", 12)  # two examples' gradients
+    squares = Squares(torch.tensor(parity))
+    for _ in range(calls):
+        squares.sees({"weight": "w"}, 5)
+    squares.begin()
+    for gradient, x in zip(gradients, inputs, strict=True):
+        squares.add_outer("w", gradient.clone(), x)
+    found = [{k: t.clone() for k, t in half.items()} for half in squares.totals]
+    squares.close()
+    for half in (0, 1):
+        slow = sum(
+            sum(torch.outer(g, x) for c in range(calls) for g, x in zip(gradients[c, n], inputs[c, n], strict=True))
+            ** 2
+            for n in range(5)
+            if parity[n] == half
+        )
+        torch.testing.assert_close(squares.totals[half]["w"], slow.double(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(found[half]["w"], squares.totals[half]["w"]), "not complete before the pass ends"
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-22, 1e-30])
 def test_gradients_whose_squares_float32_cannot_hold_are_not_lost(scale: float) -> None:
     gradients = scale * torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     squares = Squares(torch.tensor([1, 1, 0, 1]))
+    squares.begin(torch.ones(4))
     squares.add("w", gradients.clone())
-    squares.close(torch.ones(4))
+    squares.close()
     torch.testing.assert_close(squares.totals[0]["w"], gradients[2].double() ** 2, rtol=1e-6, atol=0)
     torch.testing.assert_close(squares.totals[1]["w"], (gradients[[0, 1, 3]].double() ** 2).sum(0), rtol=1e-6, atol=0)
 

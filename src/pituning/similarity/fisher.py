@@ -107,7 +107,7 @@ def fisher_diagonal(
         batch_size = min(batch_size, IMAGE_BATCH_SIZE)
     with attached(backbone, expert.config, expert.tensors) as site:
         zeros = {k: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for k, p in site.parameters.items()}
-        halves = [zeros, {k: z.clone() for k, z in zeros.items()}]
+        halves = (zeros, {k: z.clone() for k, z in zeros.items()})
         loss = 0.0
         pictured = next((e for e in examples if e.image is not None), examples[0])  # it passes through every layer
         if len(examples) > 1 and batch_size > 1 and not _rows_follow_examples(site, pictured, labels):
@@ -118,12 +118,9 @@ def fisher_diagonal(
             if labels == "model" and not common_choices(batch):
                 batch = [_sampled(backbone, e) for e in batch]
             parity = (places[start : start + batch_size] % 2).to(backbone.device)
-            squares = Squares(parity)
+            squares = Squares(parity, halves)
             with watched(site, squares):
                 loss += _backward(backbone, batch, labels, squares)
-            for half, totals in zip(halves, squares.totals, strict=True):
-                for key, total in totals.items():
-                    half[key] += total
     return FisherEstimate(halves[0], halves[1], len(examples), loss)
 
 
@@ -152,15 +149,17 @@ def _backward(backbone: Backbone, examples: Sequence[Example], labels: str, squa
     choices = common_choices(examples)
     if labels == "true" or not choices:
         losses = backbone.loss(backbone.collate(examples))
+        squares.begin()
         if losses.requires_grad:  # not where no layer of the expert takes part, such as image layers in a text
             torch.autograd.backward(losses.sum())
-        squares.close(torch.ones_like(losses))
+        squares.close()
         return float(losses.detach().double().sum())
     squares.repeats = len(choices)
     log_p = F.log_softmax(backbone.score(backbone.collate(examples), choices), dim=1)
     for index in range(len(choices) if log_p.requires_grad else 0):
+        squares.begin(log_p[:, index].detach().exp())
         torch.autograd.backward(log_p[:, index].sum(), retain_graph=index + 1 < len(choices))
-        squares.close(log_p[:, index].detach().exp())
+        squares.close()
     truth = torch.tensor([e.label for e in examples], device=log_p.device)
     return float(-log_p.detach().double().gather(1, truth[:, None]).sum())
 

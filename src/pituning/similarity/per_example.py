@@ -8,11 +8,14 @@ Rows belong to examples in order: where a decoder scores C answers for each of B
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -26,6 +29,9 @@ from pituning.methods.prompt import PromptLayer
 _SMALL = 1e-12
 """A gradient without a larger entry than this is squared in float64: 1e-12 squared is 1e-24, far from float32's least 1e-38."""
 
+_CHUNK = 1 << 18
+"""Entries of per-example gradients that are made at once: 1 MB in float32, which stays in a core's own cache."""
+
 
 class Observer(Protocol):
     """What a watcher reports to."""
@@ -33,8 +39,11 @@ class Observer(Protocol):
     def sees(self, names: Mapping[str, str], rows: int) -> None:
         """A layer is called with so many rows."""
 
+    def add_outer(self, key: str, gradient: Tensor, x: Tensor) -> None:
+        """Of one call of a linear layer: gradients of its output and its input, ``[examples, positions, d]`` each."""
+
     def add(self, key: str, gradient: Tensor) -> None:
-        """Gradients of one call, ``[rows, positions …, tensor's shape]`` summed by :meth:`by_example`."""
+        """Gradients of one call, ``[examples, tensor's shape]``."""
 
     def by_example(self, x: Tensor) -> Tensor:
         """``[rows, …, d]`` to ``[examples, …, d]``: all rows of an example add up to its gradient."""
@@ -43,11 +52,14 @@ class Observer(Protocol):
 Names = Mapping[str, str]
 """From a parameter's name in its layer (``weight``, ``prefix_key`` …) to its file key."""
 
-Watcher = Callable[[Any, Names, Observer], "RemovableHandle | _Handles"]
+Watcher = Callable[[Any, Names, Observer], "RemovableHandle | _Handles | _Forward"]
 
 
 class Squares:
-    """Collects per-example gradients during one backward pass and squares them when complete.
+    """Collects per-example gradients during a backward pass and squares each when it is complete.
+
+    It is complete when every call of its layer has reported. Where that cannot be told, as under gradient checkpointing,
+    which calls layers again, it is squared when the pass ends.
 
     Attributes:
         repeats: most rows that an example may have; a decoder that scores C choices sees up to C for each.
@@ -55,13 +67,17 @@ class Squares:
 
     Args:
         parity: 0 or 1 for each example of the batch.
+        totals: to be added to.
     """
 
-    def __init__(self, parity: Tensor) -> None:
+    def __init__(self, parity: Tensor, totals: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None) -> None:
         self.batch = len(parity)
         self.repeats = 1
-        self.totals: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._rows = [_slice_of((parity == half).nonzero()[:, 0].tolist()) for half in (0, 1)]
+        self.totals = ({}, {}) if totals is None else totals
+        self._rows = [_slices_of((parity == half).nonzero()[:, 0].tolist()) for half in (0, 1)]
+        self._weights: Tensor | None = None
+        self._calls: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
         self._open: dict[str, Tensor] = {}
 
     def sees(self, names: Names, rows: int) -> None:
@@ -72,34 +88,82 @@ class Squares:
                 f"layer of {next(iter(names.values()))} sees a first dimension of {rows} for {self.batch} "
                 "examples: per-example gradients are not defined there; use batch_size=1"
             )
+        self._calls.update(names.values())
 
     def by_example(self, x: Tensor) -> Tensor:
         """``[rows, …, d]`` to ``[batch, …, d]``."""
         return full_precision(x).reshape(self.batch, -1, x.shape[-1])
 
+    def begin(self, weights: Tensor | None = None) -> None:
+        """A backward pass is to come, whose squares are weighted per example; :meth:`close` ends it."""
+        self._weights = None if weights is None or bool((weights == 1).all()) else weights
+
+    def add_outer(self, key: str, gradient: Tensor, x: Tensor) -> None:
+        """Σ_t g_t x_tᵀ per example. Where this is all of it, few examples' gradients are in memory at a time."""
+        if self._calls[key] != 1:
+            self.add(key, _outer(gradient, x))
+            return
+        step = max(1, _CHUNK // (gradient.shape[-1] * x.shape[-1]))
+        for half, rows in enumerate(self._rows):
+            for start in range(0, _length(rows), step):
+                part = _part(rows, start, step)
+                self._total(half, key, _outer(gradient[part], x[part]), part)
+
     def add(self, key: str, gradient: Tensor) -> None:
         """A layer called twice accumulates before squaring. The gradient is used up: its memory takes the squares."""
         self._open[key] = self._open[key] + gradient if key in self._open else gradient
+        self._reported[key] += 1
+        if self._reported[key] == self._calls[key]:
+            self._square(key)
 
-    def close(self, weights: Tensor) -> None:
-        """End of a backward pass: square what came in, weighted per example; no more than sums is kept."""
+    def close(self) -> None:
+        """End of a backward pass: square what is left."""
         while self._open:
-            key, gradient = self._open.popitem()
-            squares = _squared(gradient)
-            if (weights != 1).any():
-                squares *= weights.to(squares.dtype).view(-1, *[1] * (squares.dim() - 1))
-            for half, total in enumerate(self.totals):
-                square = squares[self._rows[half]].sum(0, dtype=torch.float64)
-                total[key] = total[key] + square if key in total else square
+            self._square(next(iter(self._open)))
+        self._reported.clear()
+
+    def _square(self, key: str) -> None:
+        gradient = self._open.pop(key)
+        for half, rows in enumerate(self._rows):
+            if _length(rows):
+                self._total(half, key, gradient[rows], rows)
+
+    def _total(self, half: int, key: str, gradient: Tensor, rows: slice | list[int]) -> None:
+        """Add the squares of some examples' gradients, which are used up."""
+        squares = _squared(gradient)
+        if self._weights is not None:
+            squares *= self._weights[rows].to(squares.dtype).view(-1, *[1] * (squares.dim() - 1))
+        square = squares.sum(0, dtype=torch.float64)
+        totals = self.totals[half]
+        if key in totals:
+            totals[key] += square
+        else:
+            totals[key] = square
 
 
-def _slice_of(rows: list[int]) -> slice | list[int]:
+def _outer(gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("bto,bti->boi", gradient, x.to(gradient.dtype))
+
+
+def _slices_of(rows: list[int]) -> slice | list[int]:
     """The same rows as a slice where they are evenly spaced, which copies nothing."""
     if not rows:
         return slice(0, 0)
     step = rows[1] - rows[0] if len(rows) > 1 else 1
     even = slice(rows[0], rows[-1] + 1, step)
     return even if list(range(rows[-1] + 1))[even] == rows else rows
+
+
+def _length(rows: slice | list[int]) -> int:
+    return len(range(rows.start, rows.stop, rows.step or 1)) if isinstance(rows, slice) else len(rows)
+
+
+def _part(rows: slice | list[int], start: int, count: int) -> slice | list[int]:
+    """``count`` of the rows from the ``start``-th."""
+    if not isinstance(rows, slice):
+        return rows[start : start + count]
+    part = range(rows.start, rows.stop, rows.step or 1)[start : start + count]
+    return slice(part.start, part.stop, part.step)
 
 
 def _squared(gradient: Tensor) -> Tensor:
@@ -125,8 +189,11 @@ class RowCount:
         """Note it."""
         self.rows.append(rows)
 
-    def add(self, key: str, gradient: Tensor) -> None:
+    def add_outer(self, key: str, gradient: Tensor, x: Tensor) -> None:
         """Nothing: rows are counted without a backward pass."""
+
+    def add(self, key: str, gradient: Tensor) -> None:
+        """Nothing likewise."""
 
     def by_example(self, x: Tensor) -> Tensor:
         """As it is."""
@@ -150,21 +217,57 @@ def watched(site: Attached, observer: Observer) -> Iterator[None]:
             parameter.grad = None
 
 
-def _watch_linear(module: nn.Linear, names: Names, observer: Observer) -> RemovableHandle:
-    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach()
-        observer.sees(names, len(x))
-        if output.requires_grad:
-            output.register_hook(lambda g: backward(x, g))  # type: ignore[no-untyped-call]
+class _WatchedLinear(torch.autograd.Function):
+    """``F.linear`` whose backward pass reports instead of computing the gradients of weight and bias over the batch."""
 
-    def backward(x: Tensor, gradient: Tensor) -> None:
-        x, gradient = observer.by_example(x), observer.by_example(gradient.detach())
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, report: Callable[..., None]) -> Tensor:
+        """As ``F.linear``."""
+        ctx.save_for_backward(x, weight)
+        ctx.report = report
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """The gradient of x alone."""
+        x, weight = ctx.saved_tensors
+        ctx.report(x, gradients[0])
+        return gradients[0] @ weight if ctx.needs_input_grad[0] else None, None, None, None
+
+
+class _Forward:
+    """A function in the place of a module's forward."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor]) -> None:
+        self.module = module
+        module.forward = function
+
+    def remove(self) -> None:
+        """Put the module's own forward back."""
+        del self.module.forward
+
+
+def _watch_linear(module: nn.Linear, names: Names, observer: Observer) -> RemovableHandle | _Forward:
+    def report(x: Tensor, gradient: Tensor) -> None:
+        x, gradient = observer.by_example(x.detach()), observer.by_example(gradient.detach())
         if "weight" in names:
-            observer.add(names["weight"], torch.einsum("bto,bti->boi", gradient, x.to(gradient.dtype)))
+            observer.add_outer(names["weight"], gradient, x)
         if "bias" in names:
             observer.add(names["bias"], gradient.sum(1))
 
-    return module.register_forward_hook(forward)
+    def forward(x: Tensor) -> Tensor:
+        observer.sees(names, len(x))
+        return _WatchedLinear.apply(x, module.weight, module.bias, report)  # type: ignore[no-any-return,no-untyped-call]
+
+    def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        observer.sees(names, len(inputs[0]))
+        if output.requires_grad:
+            output.register_hook(partial(report, inputs[0].detach()))  # type: ignore[no-untyped-call]
+
+    is_plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    if is_plain and not torch.is_autocast_enabled(module.weight.device.type):
+        return _Forward(module, forward)
+    return module.register_forward_hook(after)
 
 
 def _watch_bitfit(layer: BitFitLayer, names: Names, observer: Observer) -> RemovableHandle:
