@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -55,6 +56,8 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
     part.wanted(suite)  # a wrong name must not cost an hour
     tasks = load_tasks(suite, options.data)
     backbone = load_backbone(suite.backbone, device=options.device)
+    gc.collect()
+    gc.freeze()  # every `Trainer` collects garbage, and has neither libraries nor data to go through then
     with precision(backbone, options.precision):
         bench = prepared(suite, backbone, tasks, options.work, out_of_time=out_of_time, say=say)
         if bench is None:

@@ -28,6 +28,7 @@ from pituning.training.crossfit import choose_cell, cross_fit
 from pituning.training.evaluation import calibrated_losses, log_probabilities
 from pituning.training.interpolate import ALPHA_LEARNING_RATE, choose
 from pituning.training.starts import blend_start, expert_log_loss
+from pituning.training.train_expert import train_expert
 from pituning.training.trainer import fit
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
@@ -87,6 +88,14 @@ def _nearest(setting: Setting) -> list[Expert]:
 
 def _chosen(setting: Setting) -> list[Expert]:
     return setting.ranking.top(setting.top)
+
+
+def _own_by(setting: Setting, method: str) -> Outcome:
+    """The own expert of another method than the suite's."""
+    name = f"{setting.task.name} (own, {method})"
+    own = train_expert(setting.backbone, setting.task, method, name=name, search=setting.search, seed=setting.seed)
+    cell = {key: own.card.training[key] for key in ("learning_rate", "steps")}
+    return Outcome(own, {**own.card.metrics, **cell})
 
 
 def rescaled(setting: Setting, expert: Expert, scale: float) -> Expert:
@@ -216,6 +225,8 @@ def _pi(
         options["similarities"] = setting.ranking.similarities[: len(members)]
     search = replace(setting.search, alpha_learning_rate=ALPHA_LEARNING_RATE)
     needless = options.get("include_own") is False and options.get("alternatives") is False
+    if not needless:
+        options["own_folds"] = setting.own_without_folds(0)  # as `choose` trains them, once for all arms
     own = None if needless else setting.own(setting.seed)
     choice = choose(setting.backbone, setting.task, members, own, search=search, **options)
     found = choice.refit(setting.seed)
@@ -276,6 +287,9 @@ ARMS: Mapping[str, Arm] = {
     for arm in (
         _recipe_arm("zero-shot", "backbone alone", "no expert at all"),
         _recipe_arm("own", "own expert", "trained on the shots alone"),
+        _arm("own-lora", "own expert, LoRA", "another method, trained on the shots alone", _own_by, method="lora"),
+        _arm("own-prefix", "own expert, prefix", "another method, the same grid and folds", _own_by, method="prefix"),
+        _arm("own-bitfit", "own expert, BitFit", "another method, the same grid and folds", _own_by, method="bitfit"),
         _recipe_arm(
             "own-extra", "own + the same extra steps", "the own expert tuned again, with every arm's grid and folds"
         ),

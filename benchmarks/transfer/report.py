@@ -273,14 +273,17 @@ def _audit_lines(suite: Suite, audit: Sequence[Mapping[str, Any]] | None, comman
 
 def _shots_lines(found: Found, shots: int, pictures: Sequence[str], commands: Commands) -> list[str]:
     suite = found.suite
-    many = len(suite.shots) > 1
-    title = f"#### {suite.name}: means over the {len(suite.report)} report targets{f', {shots} shots' if many else ''}"
+    more_shots = f", {shots} shots" if len(suite.shots) > 1 else ""
+    title = f"#### {suite.name}: means over the {len(suite.report)} report targets{more_shots}"
     lines = [title, "", *_overall(found, shots)]
+    if against := _pi_against_all(found, shots):
+        lines += ["", f"#### {suite.name}: π as shipped less every other arm{more_shots}", "", *against]
+    lines += ["", f"#### {suite.name}: report targets, values times 100{more_shots}", "", *_by_arm(found, shots)]
     lines += ["", *(f"![{Path(p).stem}]({p})" for p in pictures)]
     for task in suite.targets:
         if any(c["task"] == task and c["shots"] == shots for c in found.cells):
             more = f" --tasks {task}"
-            heading = f"#### {suite.name}: {task} ({suite.role(task)} target){f', {shots} shots' if many else ''}"
+            heading = f"#### {suite.name}: {task} ({suite.role(task)} target){more_shots}"
             lines += ["", heading, "", f"`{commands.run(more)}`", "", *_by_target(found, shots, task)]
     return lines
 
@@ -307,6 +310,35 @@ def _overall(found: Found, shots: int) -> list[str]:
         seconds = statistics.fmean(c["seconds"] for c in cells)
         count = str(len(cells)) if len(cells) == expected else f"**{len(cells)} of {expected}**"
         lines.append(f"| {label} | {mean:.1f} | {shown} | {worst} | {won} | {seconds:.0f} | {count} |")
+    return lines
+
+
+def _pi_against_all(found: Found, shots: int) -> list[str]:
+    """What π is better by than each other arm over the report targets; the rivals come first."""
+    suite = found.suite
+    ours, others = found.values("pi", shots), [a for a in suite.arms if a not in ("pi", *RIVALS)]
+    rows: list[str] = []
+    for arm in (*RIVALS, *others):
+        difference = paired_difference(ours, found.values(arm, shots), suite.report)
+        if difference is not None:
+            won = f"{difference.won * len(difference.by_target):g} of {len(difference.by_target)}"
+            rows.append(f"| `pi` − `{arm}` | {_difference(difference)} | {won} | {difference.pairs} |")
+    return ["| | difference | won | pairs |", "|---|---|---|---|", *rows] if rows else []
+
+
+def _by_arm(found: Found, shots: int) -> list[str]:
+    """Means over the seeds, arms by report targets, and the mean over these."""
+    suite = found.suite
+    metrics = {c["task"]: c["metric"] for c in found.cells}
+    targets = [t for t in suite.report if t in metrics]
+    heads = [f"{t}, {metrics[t]}" for t in targets]
+    lines = ["| arm | " + " | ".join([*heads, "mean"]) + " |", "|---" * (len(targets) + 2) + "|"]
+    for arm in suite.arms:
+        values = found.values(arm, shots)
+        means = {t: statistics.fmean(values[t].values()) for t in targets if t in values}
+        if means:
+            cells = [f"{means[t]:.1f}" if t in means else "" for t in targets]
+            lines.append(f"| `{arm}` | " + " | ".join([*cells, f"{statistics.fmean(means.values()):.1f}"]) + " |")
     return lines
 
 

@@ -8,7 +8,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.cells import Cells, digest, digest_examples
 from benchmarks.transfer.setting import Setting, recipe_of
 from benchmarks.transfer.sharing import Shared
-from benchmarks.transfer.sources import SourceRows, Tasks, pool_digest, source_rows, train_sources
-from benchmarks.transfer.suites import ABLATIONS, Suite
+from benchmarks.transfer.sources import AUDITED, SourceRows, Tasks, pool_digest, source_rows, train_sources
+from benchmarks.transfer.suites import ABLATIONS, FIRST, Suite
 from pituning.backbones.base import Backbone
 from pituning.errors import unknown_name
 from pituning.experts.pool import ExpertPool
@@ -43,7 +43,9 @@ class Part:
     seeds: tuple[int, ...] | None = None
 
     def wanted(self, suite: Suite) -> list[tuple[str, str, int, int]]:
-        """(arm, task, shots, seed) in the order of computing: ablations last, then seed by seed, so that a part is balanced.
+        """(arm, task, shots, seed) in the order of computing, so that a run that is broken off has whole pairs.
+
+        Ablations are last. Of the others, one seed comes after the other, and of each seed the arms in :data:`FIRST` first.
 
         Raises:
             UnknownNameError: for an arm or a task that the suite does not have.
@@ -58,10 +60,11 @@ class Part:
             (arm, task, shots, seed)
             for late in (False, True)
             for seed in seeds
+            for first in (True, False)
             for shots in suite.shots
             for task in tasks
             for arm in arms
-            if (arm in ABLATIONS) is late
+            if (arm in ABLATIONS) is late and (arm in FIRST) is first
         ]
 
 
@@ -97,8 +100,11 @@ class Bench:
     def draw(self, task: str, shots: int, seed: int) -> Task:
         """The target with its shots."""
         target = self.tasks[task]
-        first = target.split("train")[0]
-        has_classes = bool(first.choices) and not first.answers
+        examples = target.split("train")
+        has_classes = bool(examples[0].choices) and not examples[0].answers
+        if self.suite.examples_in_all:
+            classes = len({e.target for e in examples if e.target}) if has_classes else 1
+            return target.few_shot(max(1, shots // classes), seed)
         return target.few_shot(shots if has_classes else shots * self.suite.without_classes, seed)
 
     def identity(self, arm: str, task: Task, shots: int) -> dict[str, Any]:
@@ -121,8 +127,13 @@ class Bench:
 
 
 def load_tasks(suite: Suite, data: Path | None) -> dict[str, Task]:
-    """Targets and sources, all of them read before anything is trained."""
-    return {name: load_task(name, data=data) for name in dict.fromkeys((*suite.targets, *suite.sources))}
+    """Targets and sources, all of them read before anything is trained; rows that are made on demand are made once."""
+    return {name: _kept(load_task(name, data=data)) for name in dict.fromkeys((*suite.targets, *suite.sources))}
+
+
+def _kept(task: Task) -> Task:
+    """The task with its examples in memory; pictures are still drawn when they are opened."""
+    return replace(task, splits={n: tuple(rows) if n in AUDITED else rows for n, rows in task.splits.items()})
 
 
 def prepared(

@@ -99,13 +99,17 @@ class Setting(Draw):
     @property
     def own_folds(self) -> dict[int | None, Expert]:
         """See :attr:`Draw.own_folds`."""
+        return self.own_without_folds(self.seed)
+
+    def own_without_folds(self, seed: int) -> dict[int | None, Expert]:
+        """The own expert, and the same trained without each fold, in the order of a training seed."""
         own = self.own(self.seed)
 
         def make() -> tuple[Any, dict[str, Expert]]:
-            found = fold_experts(self.backbone, self.task, self.own(self.seed), self.search, self.seed)
+            found = fold_experts(self.backbone, self.task, self.own(self.seed), self.search, seed)
             return {}, {str(fold): expert for fold, expert in found.items() if fold is not None}
 
-        found = self.shared.get("own-folds", make).experts
+        found = self.shared.get(f"own-folds-{seed}", make).experts
         return {None: own, **{int(fold): expert for fold, expert in found.items()}}
 
     @property

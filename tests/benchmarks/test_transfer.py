@@ -28,13 +28,15 @@ from benchmarks.transfer.running import Bench, Part, prepared, run
 from benchmarks.transfer.setting import Setting
 from benchmarks.transfer.sharing import Shared
 from benchmarks.transfer.sources import audit, source_rows
-from benchmarks.transfer.suites import ABLATIONS, MAIN, SUITES, Suite
+from benchmarks.transfer.suites import ABLATIONS, FIRST, MAIN, OTHER_METHODS, SUITES, Suite
 from pituning.example import Example
 from pituning.experiments.controls import random_parameters
 from pituning.experts import Expert
 from pituning.experts.health import require_sound
 from pituning.tasks import Task, load_task
 from pituning.training.crossfit import Search
+from pituning.training.interpolate import choose
+from pituning.training.train_expert import fold_experts
 from pituning.training.trainer import TrainSettings
 
 from ..conftest import SYLLABLES, RandomExpert, build_bert
@@ -177,7 +179,8 @@ def test_the_targets_are_the_twelve_tasks_with_the_most_test_examples() -> None:
 
 
 def test_every_arm_of_a_suite_is_there_and_only_those() -> None:
-    assert set(ARMS) == {*MAIN, *ABLATIONS}
+    assert set(ARMS) == {*MAIN, *OTHER_METHODS, *ABLATIONS}
+    assert set(FIRST) <= set(MAIN)
     for suite in SUITES.values():
         assert set(suite.arms) <= set(ARMS)
 
@@ -494,6 +497,42 @@ def test_main_arms_come_before_ablations_and_seed_by_seed() -> None:
     wanted = Part(arms=("own", "pi-k1"), tasks=("sst2",)).wanted(TINY)
     assert wanted == [("own", "sst2", 4, 0), ("own", "sst2", 4, 1), ("pi-k1", "sst2", 4, 0), ("pi-k1", "sst2", 4, 1)]
     assert {cell[1] for cell in Part(tasks=("report",)).wanted(SUITES["core"])} == set(SUITES["core"].report)
+
+
+def test_of_each_seed_the_arms_that_are_compared_first_come_first() -> None:
+    part = Part(arms=("zero-shot", "pi", "own-extra"), tasks=("sst2", "cr"))
+    wanted = [(arm, task, seed) for arm, task, _, seed in part.wanted(TINY)]
+    first = [("own-extra", "pi"), ("zero-shot",)]
+    assert wanted == [(a, t, s) for s in (0, 1) for arms in first for t in ("cr", "sst2") for a in arms]
+
+
+@pytest.mark.parametrize(("shots", "taken"), [(9, 8), (3, 2), (1, 2)])
+def test_shots_may_count_a_tasks_examples_in_all(shots: int, taken: int, bench: Bench) -> None:
+    in_all = replace(bench, suite=replace(TINY, examples_in_all=True))
+    examples = in_all.draw("sst2", shots, 0).split("train")
+    assert len(examples) == taken
+    assert len({e.target for e in examples}) == 2
+    assert len(bench.draw("sst2", 3, 0).split("train")) == 6
+
+
+def test_a_suite_without_development_targets_says_so(message: Callable[..., str]) -> None:
+    assert "has no development targets" in message(SUITES["table1"].chosen_targets, ("development",))
+    assert SUITES["table1"].chosen_targets(("report",)) == SUITES["table1"].targets
+
+
+def test_own_experts_of_folds_may_be_given_and_must_be_complete(
+    setting: Setting, message: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, experts = setting.own(0), setting.ranking.top(2)
+    folds = fold_experts(setting.backbone, setting.task, own, setting.search, 0)
+    trained = choose(setting.backbone, setting.task, experts, own, search=setting.search)
+    monkeypatch.setattr("pituning.training.interpolate.fold_experts", None)
+    given = choose(setting.backbone, setting.task, experts, own, search=setting.search, own_folds=folds)
+    assert [f.loss for f in given.found] == pytest.approx([f.loss for f in trained.found], rel=1e-5)
+    del folds[1]
+    assert "no expert without fold 1" in message(
+        lambda: choose(setting.backbone, setting.task, experts, own, search=setting.search, own_folds=folds)
+    )
 
 
 def test_a_wrong_name_is_refused_with_the_nearest(message: Callable[..., str]) -> None:

@@ -7,11 +7,12 @@ on the shots; the best is refitted on all of them and collapsed into one expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pituning.backbones.base import Backbone
+from pituning.errors import PituningError
 from pituning.experts.expert import Expert
 from pituning.interpolation.build import Granularity
 from pituning.tasks.task import Task
@@ -73,6 +74,7 @@ def choose(
     coefficients: str = "softmax",
     temperature: float = 1.0,
     search: Search | None = None,
+    own_folds: Mapping[int | None, Expert] | None = None,
 ) -> Choice:
     """Compare the candidates by cross-fitted log-loss on the shots.
 
@@ -90,6 +92,8 @@ def choose(
         coefficients, temperature: from α to the weights; see :class:`pituning.interpolation.Coefficients`.
         search: learning rates, steps and folds, the same for every candidate. With ``optimizer="cma"`` and
             ``train="weights"`` the weights of the interpolation are learned without gradients.
+        own_folds: the own expert without each fold of ``search``, from :func:`fold_experts`, where several choices for one
+            target share them; trained here where they are not given.
 
     Raises:
         as :func:`interpolate`.
@@ -101,7 +105,7 @@ def choose(
     examples = task.split("train")
     losses = [expert_log_loss(backbone, e, task) for e in experts]
     compared = include_own is not False or alternatives  # the own expert, with one of the candidates or as one
-    own_folds = fold_experts(backbone, task, own, search) if own is not None and compared else {}
+    folds = _own_folds(backbone, task, own, search, own_folds) if own is not None and compared else {}
     plans: list[_Plan] = []
     how: dict[str, Any] = {
         "train": train, "granularity": granularity, "coefficients": coefficients, "temperature": temperature,
@@ -112,18 +116,28 @@ def choose(
         start = blend_start(backbone, experts, weights, **how)
         plans.append(_Plan("interpolation of the experts", tuple(experts), weights, start, search, granularity))
     if own is not None and include_own is not False:
-        own_loss = cross_fit(backbone, kept_start(own_folds), examples, search).plain_loss  # as the others'
+        own_loss = cross_fit(backbone, kept_start(folds), examples, search).plain_loss  # as the others'
         weights = initial_weights(init, [*losses, own_loss], similarities, len(examples), own=True)
-        start = blend_start(backbone, experts, weights, own_folds, **how)
+        start = blend_start(backbone, experts, weights, folds, **how)
         plans.append(_Plan("interpolation with the own expert", (*experts, own), weights, start, search, granularity))
     if alternatives:
         best = experts[losses.index(min(losses))]
         start = blend_start(backbone, [best], [1.0], train="experts", granularity="model")
         plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start, plain, "model"))
         if own is not None:
-            plans.append(_Plan("keep the own expert", (own,), [1.0], kept_start(own_folds), plain, "model"))
+            plans.append(_Plan("keep the own expert", (own,), [1.0], kept_start(folds), plain, "model"))
     found = [cross_fit(backbone, p.start, examples, p.search) for p in plans]
     return Choice(backbone, task, tuple(plans), tuple(found))
+
+
+def _own_folds(
+    backbone: Backbone, task: Task, own: Expert, search: Search, given: Mapping[int | None, Expert] | None
+) -> Mapping[int | None, Expert]:
+    if given is None:
+        return fold_experts(backbone, task, own, search)
+    if missing := [fold for fold in range(search.folds) if fold not in given]:
+        raise PituningError(f"own_folds has no expert without fold {missing[0]}; the search has {search.folds} folds")
+    return {**given, None: own}
 
 
 @dataclass(frozen=True)
