@@ -43,28 +43,52 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--reranked-queries", type=int, default=20)
     arguments = parser.parse_args()
-    pool = ExpertPool(arguments.folder)
-    if len(pool) != arguments.experts:
-        _write(arguments.folder, arguments.experts)
-    (pool.folder / INDEX_FILE).unlink(missing_ok=True)
-    figures: dict[str, Any] = {"experts": len(pool)}
-    figures["build_s"] = _seconds(lambda: open_index(pool))
-    figures["load_s"] = statistics.median(_seconds(lambda: open_index(pool)) for _ in range(3))
-    for name in pool.names()[:10]:
-        _touch(pool.folder / name)
-    figures["update_10_s"] = _seconds(lambda: open_index(pool))
+    pool = filled_pool(arguments.folder, arguments.experts)
+    figures: dict[str, Any] = {"experts": len(pool), **index_seconds(pool)}
     figures["index_mb"] = (pool.folder / INDEX_FILE).stat().st_size / 1e6
     index = open_index(pool)
-    names = [
-        index.entries[row].name for row in np.random.default_rng(1).integers(len(index.entries), size=arguments.queries)
-    ]
-    figures |= _percentiles("query", [_seconds(partial(_compact, index, name)) for name in names])
+    names = drawn_names(index, arguments.queries)
+    figures |= _percentiles("query", query_seconds(index, names))
     few = names[: arguments.reranked_queries]
-    figures |= _percentiles("reranked", [_seconds(partial(search_pool, index, name, WANTED)) for name in few])
-    figures["recall_at_10"] = statistics.fmean(_recalls(index, few))
+    figures |= _percentiles("reranked", search_seconds(index, few))
+    figures["recall_at_10"] = statistics.fmean(recalls(index, few))
     for name, value in figures.items():
         print(f"{name:<24}{value:>12,.3f}" if isinstance(value, float) else f"{name:<24}{value:>12,}")
     print(json.dumps(figures))
+
+
+def filled_pool(folder: Path, experts: int) -> ExpertPool:
+    """The pool in a folder, with so many synthetic experts: written unless they are there; without an index."""
+    pool = ExpertPool(folder)
+    if len(pool) != experts:
+        _write(folder, experts)
+    (pool.folder / INDEX_FILE).unlink(missing_ok=True)
+    return pool
+
+
+def index_seconds(pool: ExpertPool) -> dict[str, float]:
+    """Seconds to build the index, to load it, and to load it after ten experts have changed."""
+    found = {"build_s": _seconds(lambda: open_index(pool))}
+    found["load_s"] = statistics.median(_seconds(lambda: open_index(pool)) for _ in range(3))
+    for name in pool.names()[:10]:
+        _touch(pool.folder / name)
+    return {**found, "update_10_s": _seconds(lambda: open_index(pool))}
+
+
+def drawn_names(index: PoolIndex, queries: int) -> list[str]:
+    """Experts to ask for."""
+    rows = np.random.default_rng(1).integers(len(index.entries), size=queries)
+    return [index.entries[row].name for row in rows]
+
+
+def query_seconds(index: PoolIndex, names: list[str]) -> list[float]:
+    """Of the search by cards and compact embeddings, for each name."""
+    return [_seconds(partial(_compact, index, name)) for name in names]
+
+
+def search_seconds(index: PoolIndex, names: list[str]) -> list[float]:
+    """Of the whole search, for each name."""
+    return [_seconds(partial(search_pool, index, name, WANTED)) for name in names]
 
 
 def _compact(index: PoolIndex, name: str) -> list[str]:
@@ -76,7 +100,8 @@ def _compact(index: PoolIndex, name: str) -> list[str]:
     return [index.entries[rows[n]].name for n in np.argsort(-scores)[:100]]
 
 
-def _recalls(index: PoolIndex, names: list[str]) -> list[float]:
+def recalls(index: PoolIndex, names: list[str]) -> list[float]:
+    """The share of the ten exactly nearest experts that the whole search finds, for each name."""
     stacked = []
     for entry in index.entries:
         tensors = TaskEmbedding.load(index.folder / entry.name, "shared").fisher.values()

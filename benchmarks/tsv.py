@@ -28,6 +28,7 @@ from pituning.data.tsv import TsvFile
 
 PICTURES = 256  # different pictures; the file repeats them
 PICTURE_BYTES = 30_000
+NAME = "synthetic.tsv"
 
 OPEN = """
 import json, random, re, sys, time
@@ -120,9 +121,9 @@ def killed(path: Path, rows: int) -> dict[str, Any]:
     return {"killed_at_share": share, "killed_rows_right": cut and right, "killed_left_over": len(left)}
 
 
-def measure(folder: Path, gigabytes: float, reads: int) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "synthetic.tsv"
+def measure(path: Path, gigabytes: float, reads: int) -> dict[str, Any]:
+    """Write the file, index it, open it and read rows of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     rows = write(path, int(gigabytes * 1e9))
     result: dict[str, Any] = {
@@ -142,8 +143,14 @@ def measure(folder: Path, gigabytes: float, reads: int) -> dict[str, Any]:
     forget(path)
     result |= rows_read(path, reads, 0, "cold")
     read(path)
-    result |= rows_read(path, reads, 2, "cached")
-    return result | killed(path, rows)
+    return result | rows_read(path, reads, 2, "cached")
+
+
+def remove(path: Path) -> None:
+    """Remove the file and its index, finished or not."""
+    path.unlink(missing_ok=True)
+    for folder in path.parent.glob(f"{path.name}.index*"):
+        shutil.rmtree(folder)
 
 
 def main() -> None:
@@ -154,13 +161,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
+    path = arguments.folder / NAME
     try:
-        result = measure(arguments.folder, arguments.gigabytes, arguments.reads)
+        result = measure(path, arguments.gigabytes, arguments.reads)
+        result |= killed(path, result["rows"])
     finally:
         if not arguments.keep:
-            (arguments.folder / "synthetic.tsv").unlink(missing_ok=True)
-            for folder in arguments.folder.glob("synthetic.tsv.index*"):
-                shutil.rmtree(folder)
+            remove(path)
     if arguments.json:
         print(json.dumps(result, indent=1))
         return

@@ -6,28 +6,29 @@ Run: python benchmarks/speed/fisher.py [--examples 128] [--batch 32] [--tokens 3
 The backbone has MiniLM-L6's shape with random weights (6 layers, hidden 384, heads of 32, FFN 1536) unless told otherwise;
 experts are LoRA r = 8 on query and value, and bottleneck r = 64. In every repeat the three cases run once, in a shuffled order,
 on the same examples; the table shows the median of the ratios of the same repeat and its 95 % bootstrap interval. Memory is
-the peak of a process of its own, above what it held when the model was built, sampled every millisecond.
+the peak of a process of its own, above what it held when the model was built: on the CPU sampled every millisecond, on a GPU
+that of its tensors.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+if not __package__:  # run by its path
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.speed.measuring import interleaved, peak_above_now, ratio, seconds
 from pituning.backbones.encoder import EncoderBackbone
 from pituning.example import Example
 from pituning.experts import Expert, ExpertCard
@@ -94,63 +95,43 @@ def run(case: str, backbone: Backbone, expert: Expert, examples: list[Example], 
     return found
 
 
+def largest_error(backbone: Backbone, expert: Expert, examples: list[Example], batch: int) -> float:
+    """The largest relative error of a tensor's diagonal against the one-example loop."""
+    fisher = run("fisher", backbone, expert, examples, batch)
+    loop = run("loop", backbone, expert, examples, batch)
+    return max(float((fisher[k] - loop[k]).norm() / loop[k].norm()) for k in loop)
+
+
+def timings(
+    backbone: Backbone, expert: Expert, examples: list[Example], batch: int, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of every case, repeat by repeat."""
+    device = backbone.device.type
+    cases = {c: partial(seconds, partial(run, c, backbone, expert, examples, batch), device) for c in CASES}
+    return interleaved(cases, repeats)
+
+
 def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    backbone, expert, examples = build(method, arguments)
-    fisher = run("fisher", backbone, expert, examples, arguments.batch)
-    loop = run("loop", backbone, expert, examples, arguments.batch)
-    error = max(float((fisher[k] - loop[k]).norm() / loop[k].norm()) for k in loop)
-    times: dict[str, list[float]] = {case: [] for case in CASES}
-    order = list(CASES)
-    for repeat in range(-1, arguments.repeats):
-        random.Random(repeat).shuffle(order)
-        for case in order:
-            start = time.perf_counter()
-            run(case, backbone, expert, examples, arguments.batch)
-            if arguments.device != "cpu":
-                torch.cuda.synchronize()
-            if repeat >= 0:
-                times[case].append(time.perf_counter() - start)
-    memory = {case: _peak(method, case, arguments) for case in ("plain", "fisher")}
+    built = build(method, arguments)
+    error = largest_error(*built, arguments.batch)
+    times = timings(*built, arguments.batch, arguments.repeats)
+    memory = {case: peak(method, case, arguments) for case in ("plain", "fisher")}
     return {
         "seconds": {case: statistics.median(t) for case, t in times.items()},
-        "fisher / plain": _ratio(times["fisher"], times["plain"]),
-        "loop / fisher": _ratio(times["loop"], times["fisher"]),
+        "fisher / plain": ratio(times["fisher"], times["plain"]),
+        "loop / fisher": ratio(times["loop"], times["fisher"]),
         "largest relative error against the loop": error,
         "memory, MB": memory,
         "memory, fisher / plain": memory["fisher"] / memory["plain"],
     }
 
 
-def _peak(method: str, case: str, arguments: argparse.Namespace) -> float:
+def peak(method: str, case: str, arguments: argparse.Namespace) -> float:
+    """Megabytes that a case needs above the built model, in a process of its own."""
     command = [sys.executable, __file__, "--only", f"{method}:{case}"]
-    for name in ("examples", "batch", "tokens", "hidden", "layers", "threads"):
+    for name in ("examples", "batch", "tokens", "hidden", "layers", "threads", "device"):
         command += [f"--{name}", str(getattr(arguments, name))]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def _peak_above_now(work: Callable[[], Any]) -> float:
-    """Megabytes by which the process grows at most."""
-    process, done, peak = psutil.Process(), threading.Event(), 0
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    work()
-    done.set()
-    watcher.join()
-    return (peak - before) / 2**20
-
-
-def _ratio(left: list[float], right: list[float]) -> tuple[float, float, float]:
-    ratios = np.array(left) / np.array(right)
-    drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return float(np.median(ratios)), float(low), float(high)
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
 def main() -> None:
@@ -159,14 +140,14 @@ def main() -> None:
     defaults = {"examples": 128, "batch": 32, "tokens": 32, "hidden": 384, "layers": 6, "repeats": 10, "threads": 2}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu", help="memory is that of a process on the CPU in any case")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.only:
         method, case = arguments.only.split(":")
         built = build(method, arguments)
-        print(_peak_above_now(lambda: run(case, *built, arguments.batch)))
+        print(peak_above_now(lambda: run(case, *built, arguments.batch), arguments.device))
         return
     results = {method: measure(method, arguments) for method in ("lora", "bottleneck")}
     for method, found in results.items():

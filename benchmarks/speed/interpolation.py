@@ -15,26 +15,40 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+if not __package__:  # run by its path
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.speed.measuring import interleaved, ratio, synchronize
 from pituning.backbones.encoder import EncoderBackbone
 from pituning.experts import Expert, ExpertCard
 from pituning.interpolation import build_mixture
 from pituning.methods import attached, config_dict, initial_tensors, make_config
-from pituning.training.module import MixtureModel, running
+from pituning.training.module import running
 
-Step = Callable[[bool], float]
+
+@dataclass(frozen=True)
+class Built:
+    """A backbone, experts for it, and one batch."""
+
+    backbone: EncoderBackbone
+    settings: Mapping[str, Any]
+    initial: Mapping[str, Tensor]
+    pool: list[Expert]
+    inputs: Mapping[str, Any]
 
 
 def main() -> None:
@@ -48,91 +62,93 @@ def main() -> None:
     print(json.dumps({"shapes": vars(arguments), "torch": torch.__version__, "results": results}, indent=1))
 
 
-def measure(method: str, repeats: int, experts: int, batch: int, tokens: int, threads: int) -> dict[str, Any]:
-    """Ratios of every case to plain training of one expert, forward+backward and whole steps."""
+def build(
+    method: str, experts: int, batch: int, tokens: int, hidden: int = 384, layers: int = 6, device: str = "cpu"
+) -> Built:
+    """MiniLM's shape unless told otherwise, with random weights and experts."""
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=30522
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        intermediate_size=4 * hidden,
+        vocab_size=30522,
     )
-    backbone = EncoderBackbone("MiniLM-shaped", BertModel(config), tokenizer=None)
+    backbone = EncoderBackbone("MiniLM-shaped", BertModel(config), tokenizer=None, device=device)
     settings = config_dict(make_config(method, backbone))
     initial = initial_tensors(backbone, settings)
     pool = [_random_expert(initial, settings, seed) for seed in range(experts)]
     inputs = {
         "input_ids": torch.randint(1000, 30000, (batch, tokens)),
         "attention_mask": torch.ones(batch, tokens, dtype=torch.long),
-        "label_embeddings": torch.nn.functional.normalize(torch.randn(2, 384), dim=1),
+        "label_embeddings": nn.functional.normalize(torch.randn(2, hidden), dim=1),
         "target": torch.arange(batch) % 2,
     }
+    return Built(backbone, settings, initial, pool, {k: t.to(device) for k, t in inputs.items()})
+
+
+def measure(method: str, repeats: int, experts: int, batch: int, tokens: int, threads: int) -> dict[str, Any]:
+    """Ratios of every case to plain training of one expert, forward+backward and whole steps."""
+    built = build(method, experts, batch, tokens)
     modes = {f"K={experts} {train}": train for train in ("shared", "experts", "weights")}
-    times: dict[str, dict[str, list[float]]] = {"baseline": {}, **{name: {} for name in modes}}
-    order = list(times)
-    for repeat in range(-3, repeats):
-        random.Random(repeat).shuffle(order)
-        for name in order:
-            elapsed = _time(backbone, settings, initial, pool, modes.get(name), inputs)
-            if repeat >= 0:
-                for part, seconds in elapsed.items():
-                    times[name].setdefault(part, []).append(seconds)
+    cases = {name: partial(timed, built, train) for name, train in {"baseline": None, **modes}.items()}
+    found = interleaved(cases, repeats, warm_up=3)
+    times = {name: {part: [e[part] for e in elapsed] for part in elapsed[0]} for name, elapsed in found.items()}
     report: dict[str, Any] = {"baseline_seconds": {p: statistics.median(v) for p, v in times["baseline"].items()}}
     for name, train in modes.items():
-        held = _held(backbone, initial, pool, train, inputs) / _bytes(initial.values())
+        held = _held(built, train) / _bytes(built.initial.values())
         report[f"{name} memory, experts"] = held
         print(f"{method:<11}{name:<14}{'memory':<18}{held:5.2f} experts", file=sys.stderr)
-        report[name] = {part: _ratio(times[name][part], times["baseline"][part]) for part in times[name]}
+        report[name] = {part: ratio(times[name][part], times["baseline"][part]) for part in times[name]}
         for part, (median, low, high) in report[name].items():
             print(f"{method:<11}{name:<14}{part:<18}{median:5.2f}x  [{low:.2f}, {high:.2f}]", file=sys.stderr)
     return report
 
 
-def _time(
-    backbone: EncoderBackbone,
-    settings: Mapping[str, Any],
-    initial: Mapping[str, Tensor],
-    pool: list[Expert],
-    train: str | None,
-    inputs: Mapping[str, Any],
+@contextmanager
+def trainable(built: Built, train: str | None) -> Iterator[tuple[Callable[[], Tensor], list[nn.Parameter]]]:
+    """The loss of the batch and the parameters to train: of the first expert (``None``), or of the mixture of all."""
+    if train is None:
+        with attached(built.backbone, built.settings, built.pool[0].tensors) as site:
+            yield lambda: built.backbone.loss(built.inputs).mean(), list(site.parameters.values())
+        return
+    mixture, config = build_mixture(built.pool, train=train, initial=dict(built.initial))
+    with running(built.backbone, mixture, config) as model:
+        yield lambda: model(**built.inputs).mean(), [p for p in model.parameters() if p.requires_grad]
+
+
+def timed(built: Built, train: str | None) -> dict[str, float]:
+    """:func:`step_seconds` of an expert or a mixture; attaching is not timed."""
+    with trainable(built, train) as (loss, parameters):
+        return step_seconds(loss, parameters, built.backbone.device.type)
+
+
+def step_seconds(
+    loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter], device: str = "cpu"
 ) -> dict[str, float]:
-    """One forward+backward and one whole step (with AdamW), after a warm-up step; attaching is not timed."""
-    with ExitStack() as stack:
-        if train is None:
-            site = stack.enter_context(attached(backbone, settings, pool[0].tensors))
-            parameters = list(site.parameters.values())
-
-            def loss() -> Tensor:
-                return backbone.loss(inputs).mean()
-        else:
-            mixture, config = build_mixture(pool, train=train, initial=dict(initial))
-            site = stack.enter_context(attached(backbone, config))
-            for parameter in site.parameters.values():
-                parameter.requires_grad_(False)
-            model = MixtureModel(site, mixture)
-            parameters = [p for p in model.parameters() if p.requires_grad]
-
-            def loss() -> Tensor:
-                return model(**inputs).mean()
-
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-        elapsed = {}
-        for _ in range(2):
-            start = time.perf_counter()
-            loss().backward()
-            elapsed["forward+backward"] = time.perf_counter() - start
-            optimizer.step()
-            optimizer.zero_grad()
-            elapsed["whole step"] = time.perf_counter() - start
-        return elapsed
+    """Seconds of one forward+backward and of one whole step (with AdamW), after a warm-up step."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    elapsed = {}
+    for _ in range(2):
+        synchronize(device)
+        start = time.perf_counter()
+        loss().backward()  # type: ignore[no-untyped-call]
+        synchronize(device)
+        elapsed["forward+backward"] = time.perf_counter() - start
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(device)
+        elapsed["whole step"] = time.perf_counter() - start
+    return elapsed
 
 
-def _held(
-    backbone: EncoderBackbone, initial: Mapping[str, Tensor], pool: list[Expert], train: str, inputs: Mapping[str, Any]
-) -> int:
+def _held(built: Built, train: str) -> int:
     """Bytes that belong to a mixture after one step."""
-    mixture, config = build_mixture(pool, train=train, initial=dict(initial))
-    with running(backbone, mixture, config) as model:
+    mixture, config = build_mixture(built.pool, train=train, initial=dict(built.initial))
+    with running(built.backbone, mixture, config) as model:
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-        model(**inputs).mean().backward()
+        model(**built.inputs).mean().backward()
         optimizer.step()
         state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -146,15 +162,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _random_expert(initial: Mapping[str, Tensor], settings: Mapping[str, Any], seed: int) -> Expert:
     generator = torch.Generator().manual_seed(seed)
-    tensors = {k: t + 0.01 * torch.randn(t.shape, generator=generator) for k, t in initial.items()}
+    tensors = {k: t.cpu() + 0.01 * torch.randn(t.shape, generator=generator) for k, t in initial.items()}
     return Expert(tensors, settings, ExpertCard(f"random {seed}"))
-
-
-def _ratio(ours: list[float], baseline: list[float]) -> tuple[float, float, float]:
-    ratios = np.array(ours) / np.array(baseline)
-    drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return float(np.median(ratios)), float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+if not __package__:  # run by its path
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.speed.measuring import NotApplicableError, Sample, Setting, peak_mb
+from benchmarks.speed.reference import PROBE_OF_REFERENCE, REFERENCE, SHOWN, Case, case_name, recorded
 from pituning.backbones.base import Backbone, Batch
 from pituning.backbones.loss import label_smoothed_nll
 from pituning.backbones.ofa.configuration import OFAConfig
@@ -41,37 +46,8 @@ from pituning.methods import attached, config_dict, initial_tensors, make_config
 from pituning.similarity.fisher import fisher_diagonal
 from pituning.training.module import running
 
-PROBE_OF_REFERENCE = 0.34  # seconds, median beside the reference's cases
-
-# (mode, method, experts, batch): seconds and peak MB of the reference for ofa_tiny, then for ofa_base
-REFERENCE: dict[tuple[str, str, int, int], tuple[float, int, float, int]] = {
-    ("train", "full", 1, 2): (0.594, 1256, 1.880, 2855),
-    ("train", "adapter", 1, 2): (0.270, 754, 0.940, 1650),
-    ("train", "adapter", 2, 2): (0.308, 763, 1.062, 1749),
-    ("train", "adapter", 4, 2): (0.333, 786, 1.258, 1845),
-    ("train", "adapter", 8, 2): (0.442, 856, 1.605, 2100),
-    ("train", "lora", 1, 2): (0.272, 753, 0.993, 1703),
-    ("train", "lora", 2, 2): (0.343, 839, 1.377, 2183),
-    ("train", "lora", 4, 2): (0.456, 954, 1.951, 2946),
-    ("train", "lora", 8, 2): (0.655, 1172, 3.240, 4325),
-    ("train", "prefix", 1, 2): (0.267, 757, 0.985, 1645),
-    ("train", "prefix", 2, 2): (0.282, 744, 1.088, 1685),
-    ("train", "prefix", 4, 2): (0.290, 766, 1.178, 1737),
-    ("train", "adapter", 1, 4): (0.482, 839, 1.829, 2057),
-    ("train", "adapter", 4, 4): (0.677, 946, 2.461, 2441),
-    ("train", "lora", 1, 4): (0.484, 879, 1.888, 2164),
-    ("train", "lora", 4, 4): (0.808, 1239, 3.901, 4162),
-    ("fisher", "adapter", 1, 2): (0.254, 770, 0.967, 1681),
-    ("beam", "full", 1, 2): (0.249, 728, 1.036, 1449),
-    ("beam", "adapter", 1, 2): (0.305, 725, 1.227, 1442),
-    ("beam", "adapter", 4, 2): (0.347, 726, 1.283, 1455),
-    ("beam", "adapter", 8, 2): (0.392, 738, 1.380, 1549),
-    ("beam", "lora", 1, 2): (0.305, 695, 1.150, 1432),
-    ("beam", "lora", 4, 2): (0.464, 838, 2.317, 2039),
-    ("beam", "prefix", 1, 2): (0.330, 728, 1.272, 1474),
-    ("beam", "prefix", 4, 2): (0.474, 782, 2.033, 1785),
-}
 MORE_BATCHES = 4
+THREADS = 2
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter": ("bottleneck", {"r": 128, "dropout": "drop-path"}),
     "lora": ("lora", {"r": 16, "lora_alpha": 1}),
@@ -84,14 +60,17 @@ class FixedBatch(Backbone):
 
     family = "seq2seq"
 
-    def __init__(self, model: OFAForConditionalGeneration, batch: int) -> None:
-        super().__init__("ofa", model, tokenizer=None)
+    def __init__(
+        self, model: OFAForConditionalGeneration, batch: int, side: int = 256, device: str = "cpu", words: int = 50000
+    ) -> None:
+        super().__init__("ofa", model, tokenizer=None, device=device)
         generator = torch.Generator().manual_seed(0)
-        self.inputs = {
-            "input_ids": torch.randint(4, 50000, (batch, 20), generator=generator),
-            "patch_images": torch.randn(batch, 3, 256, 256, generator=generator),
+        inputs = {
+            "input_ids": torch.randint(4, words, (batch, 20), generator=generator),
+            "patch_images": torch.randn(batch, 3, side, side, generator=generator),
         }
-        self.labels = torch.randint(4, 50000, (batch, 5), generator=generator)
+        self.inputs = {k: v.to(device) for k, v in inputs.items()}
+        self.labels = torch.randint(4, words, (batch, 5), generator=generator).to(device)
 
     def adaptable(self, method: str) -> list[str]:
         """The places of the paper's code."""
@@ -117,7 +96,7 @@ class FixedBatch(Backbone):
 
 def child(size: str, mode: str, method: str, experts: int, batch: int, repeats: int) -> dict[str, Any]:
     """Measure one case in this process."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     rates = {"encoder_drop_path_rate": 0.2, "decoder_drop_path_rate": 0.2}
     backbone = FixedBatch(OFAForConditionalGeneration(OFAConfig.of_size(size, **rates)), batch)
@@ -128,7 +107,7 @@ def child(size: str, mode: str, method: str, experts: int, batch: int, repeats: 
         return _result(times, parameters, parameters)
     name, options = METHODS[method]
     config = config_dict(make_config(name, backbone, **options))
-    pool = [_random_expert(initial_tensors(backbone, config), config, seed) for seed in range(experts)]
+    pool = [random_expert(initial_tensors(backbone, config), config, seed) for seed in range(experts)]
     trained = sum(t.numel() for e in pool for t in e.tensors.values())
     if mode == "fisher":
         examples = [Example(str(i), ("",), "", "") for i in range(batch)]
@@ -178,13 +157,20 @@ def _repeat(step: Callable[[], object], repeats: int) -> list[float]:
 
 
 def _result(times: list[float], parameters: int, trained: int) -> dict[str, Any]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return {"seconds": statistics.median(times), "peak_mb": peak, "parameters": parameters, "trained": trained}
+    peak = round(peak_mb())
+    return {
+        "seconds": statistics.median(times),
+        "peak_mb": peak,
+        "parameters": parameters,
+        "trained": trained,
+        "times": times,
+    }
 
 
-def _random_expert(initial: dict[str, Tensor], config: dict[str, Any], seed: int) -> Expert:
+def random_expert(initial: dict[str, Tensor], config: dict[str, Any], seed: int) -> Expert:
+    """The initial tensors plus noise, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {k: t + 0.01 * torch.randn(t.shape, generator=generator) for k, t in initial.items()}
+    tensors = {k: t.cpu() + 0.01 * torch.randn(t.shape, generator=generator) for k, t in initial.items()}
     return Expert(tensors, config, ExpertCard(f"random {seed}"))
 
 
@@ -204,29 +190,53 @@ def main() -> None:
         return
     rows = []
     for size in arguments.sizes:
-        for case, reference in REFERENCE.items():
-            mode, method, experts, batch = case
-            name = f"{size} {mode} {method} K={experts} batch={batch}"
+        for case in REFERENCE:
+            name = case_name(size, case)
             if not all(word in name.split() for word in arguments.only):
                 continue
-            before = _probe(arguments.probe)
-            command = [sys.executable, __file__, "--repeats", str(arguments.repeats), "--child", size, mode, method]
-            output = subprocess.run([*command, str(experts), str(batch)], stdout=subprocess.PIPE, text=True, check=True)
-            row = {"case": name, **json.loads(output.stdout.splitlines()[-1])}
-            row["probe_seconds"] = statistics.mean((before, _probe(arguments.probe)))
-            seconds, peak = reference[:2] if size == "tiny" else reference[2:]
-            row |= {"reference_seconds": seconds, "reference_peak_mb": peak}
-            row["ratio"] = row["seconds"] / row["probe_seconds"] / (seconds / PROBE_OF_REFERENCE)
+            row = compared(size, case, arguments.repeats, arguments.probe)
+            del row["times"]
             rows.append(row)
             print(
                 f"{name:<34}{row['seconds']:7.3f} s (probe {row['probe_seconds']:.3f}) {row['peak_mb']:5d} MB   reference "
-                f"{seconds:.3f} s {peak:5d} MB   ratio {row['ratio']:.2f}",
+                f"{row['reference_seconds']:.3f} s {row['reference_peak_mb']:5d} MB   ratio {row['ratio']:.2f}",
                 file=sys.stderr,
             )
     report = json.dumps({"torch": torch.__version__, "rows": rows}, indent=1)
     if arguments.json:
         arguments.json.write_text(report + "\n")
     print(report)
+
+
+def against_reference(setting: Setting) -> dict[str, Sample]:
+    """Time in units of the probe, against the reference's; and peak megabytes. Always 2 threads, as the reference had."""
+    probe = Path(setting.probe)
+    if not probe.is_file():
+        raise NotApplicableError("the probe that stood beside the reference is not there; --probe says where it is")
+    if (os.cpu_count() or 1) < THREADS:
+        raise NotApplicableError(f"the reference had {THREADS} cores")
+    samples = {}
+    for size in setting.pick(("tiny", "base"), ("tiny",)):
+        for case in setting.pick(SHOWN, SHOWN[:1]):
+            row = compared(size, case, setting.pick(7, 1), probe)
+            reference = row["reference_seconds"] / PROBE_OF_REFERENCE
+            samples[f"{row['case']}, time / reference"] = Sample.of(
+                [t / row["probe_seconds"] / reference for t in row["times"]]
+            )
+            samples[f"{row['case']}, peak"] = Sample.once(row["peak_mb"])
+    return samples
+
+
+def compared(size: str, case: Case, repeats: int, probe: Path) -> dict[str, Any]:
+    """One case in a process of its own, between two runs of the probe, beside the reference."""
+    before = _probe(probe)
+    command = [sys.executable, __file__, "--repeats", str(repeats), "--child", size, *map(str, case)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    row = {"case": case_name(size, case), **json.loads(output.stdout.splitlines()[-1])}
+    row["probe_seconds"] = statistics.mean((before, _probe(probe)))
+    row["reference_seconds"], row["reference_peak_mb"] = recorded(size, case)
+    row["ratio"] = row["seconds"] / row["probe_seconds"] / (row["reference_seconds"] / PROBE_OF_REFERENCE)
+    return row
 
 
 def _probe(path: Path) -> float:

@@ -1,0 +1,103 @@
+"""The training step: plain PEFT, one expert, and an interpolation of three, at the same shapes; and the memory of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from benchmarks.speed.interpolation import Built, build, step_seconds, timed, trainable
+from benchmarks.speed.measuring import Sample, Setting, in_process, interleaved, peak_mb
+from pituning.backbones.encoder import TEMPERATURE
+from pituning.methods.attach import peft_config
+
+EXPERTS = 3
+CASES: Mapping[str, tuple[str, str | None]] = {
+    "LoRA": ("lora", None),
+    "bottleneck": ("bottleneck", None),
+    "LoRA, π": ("lora", "experts"),
+    "LoRA, shared": ("lora", "shared"),
+    "bottleneck, π": ("bottleneck", "experts"),
+    "bottleneck, shared": ("bottleneck", "shared"),
+}
+"""Case → method, and how the mixture is trained; ``None`` is one expert alone."""
+
+PEFT = "PEFT LoRA"
+PART = "whole step"
+
+
+def shapes(setting: Setting) -> dict[str, int]:
+    """MiniLM's, batch 16 × 32 tokens."""
+    full = {"batch": 16, "tokens": 32, "hidden": 384, "layers": 6}
+    return setting.pick(full, {"batch": 4, "tokens": 8, "hidden": 32, "layers": 2})
+
+
+def steps(setting: Setting) -> dict[str, Sample]:
+    """Seconds of whole steps, and their ratios."""
+    built = {m: build(m, EXPERTS, **shapes(setting), device=setting.device) for m in ("lora", "bottleneck")}
+    cases: dict[str, Callable[[], float]] = {
+        name: partial(_whole_step, built[method], train) for name, (method, train) in CASES.items()
+    }
+    loss, parameters = plain_peft(build("lora", 1, **shapes(setting), device=setting.device))
+    cases[PEFT] = lambda: step_seconds(loss, parameters, setting.device)[PART]
+    times = interleaved(cases, setting.pick(40, 2), warm_up=setting.pick(3, 1))
+    samples = {f"{name}, seconds": Sample.of(times[name]) for name in (PEFT, "LoRA", "bottleneck")}
+    samples["LoRA / PEFT LoRA"] = Sample.ratio(times["LoRA"], times[PEFT])
+    for method in ("LoRA", "bottleneck"):
+        for kind in ("π", "shared"):
+            samples[f"{method}, {kind} / one expert"] = Sample.ratio(times[f"{method}, {kind}"], times[method])
+    return samples
+
+
+def memory(setting: Setting) -> dict[str, Sample]:
+    """Peak megabytes of a process that takes three steps."""
+    peaks = {
+        name: float(in_process("steps:peak", name, setting.device, shapes(setting), threads=setting.threads))
+        for name in (PEFT, *CASES)
+    }
+    samples = {f"{name}, peak": Sample.once(value) for name, value in peaks.items()}
+    for method in ("LoRA", "bottleneck"):
+        for kind in ("π", "shared"):
+            samples[f"{method}, {kind} / one expert"] = Sample.once(peaks[f"{method}, {kind}"] / peaks[method])
+    return samples
+
+
+def peak(case: str, device: str, shape: dict[str, int]) -> float:
+    """Peak megabytes of this process after three steps of a case."""
+    if case == PEFT:
+        loss, parameters = plain_peft(build("lora", 1, **shape, device=device))
+        running: AbstractContextManager[Any] = nullcontext((loss, parameters))
+    else:
+        method, train = CASES[case]
+        running = trainable(build(method, EXPERTS if train else 1, **shape, device=device), train)
+    with running as (loss, parameters):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        for _ in range(3):
+            loss().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+    return peak_mb(device)
+
+
+def plain_peft(built: Built) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
+    """The same loss without this project: PEFT on the model itself, the head written out. The model is PEFT's afterwards."""
+    model: Any = get_peft_model(built.backbone.model, peft_config(built.settings))
+    inputs = built.inputs
+
+    def loss() -> Tensor:
+        hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        pooled = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        logits = pooled @ inputs["label_embeddings"].T / TEMPERATURE
+        return nn.functional.cross_entropy(logits, inputs["target"])
+
+    return loss, [p for p in model.parameters() if p.requires_grad]
+
+
+def _whole_step(built: Built, train: str | None) -> float:
+    return timed(built, train)[PART]
