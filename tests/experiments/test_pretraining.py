@@ -63,6 +63,14 @@ class TestStream:
         assert kinds[0] == kinds[1] == ["grounding", "grounding", "caption", "vqa"]
         assert kinds[2] == kinds[5] == [INFILLING] * 4
 
+    def test_later_steps_may_hold_other_numbers_and_questions_in_the_decoder(self, recipe: PretrainRecipe) -> None:
+        later = {"after": 3, "tasks": {"grounding": 1, "vqa": 3}}
+        stream = Stream(PretrainRecipe(**SETTINGS, later=later, decoder_prompts_after=4))
+        kinds = [[stream[4 * step + n][0] for n in range(4)] for step in (1, 3, 4)]
+        assert kinds == [["grounding", "grounding", "caption", "vqa"], *2 * [["grounding", "vqa", "vqa", "vqa"]]]
+        assert [stream[4 * step + 3][1].decoder_prompt for step in (1, 3, 4)] == ["none", "none", "source_without_end"]
+        assert Stream(recipe)[4 * 1 + 3][1].decoder_prompt == "source_without_end"
+
     def test_no_example_is_read_twice_and_none_of_what_is_held_out(self, recipe: PretrainRecipe) -> None:
         stream = Stream(recipe)
         ids = [stream[n][1].id for n in range(len(stream))]
@@ -94,8 +102,15 @@ class TestCollator:
         images = [e.image for _, e in examples]
         expected = processor([e.prompt for _, e in examples], images, targets)
         assert found.keys() == expected.keys()
-        for key, tensor in expected.items():
-            assert torch.equal(found[key], tensor), key
+        for key in ("input_ids", "attention_mask", "patch_images", "patch_masks"):
+            assert torch.equal(found[key], expected[key]), key
+        for row, (_, example) in enumerate(examples):  # questions are read by the decoder, too
+            one = processor([example.prompt], None, [targets[row]], decoder_prompt=example.decoder_prompt)
+            length = one["labels"].shape[1]
+            for key, padding in (("decoder_input_ids", processor.pad_id), ("labels", -100)):
+                assert torch.equal(found[key][row, :length], one[key][0])
+                assert (found[key][row, length:] == padding).all()
+        assert [e.decoder_prompt for _, e in examples] == ["none", "none", "none", "source_without_end"]
 
     def test_the_gap_is_the_mask_symbol(self, recipe: PretrainRecipe, processor: OFAProcessor) -> None:
         batch = Collator(processor)([Stream(recipe)[n] for n in range(8, 12)])
@@ -145,8 +160,26 @@ class TestRun:
         assert trained
         assert all(b.abs().sum() > 0 for b in trained)
 
+    def test_a_run_may_be_made_longer_while_the_rate_stays(self, tmp_path: Path) -> None:
+        changed = {"warmup_steps": 2, "decay_steps": 2}
+        whole, part = tmp_path / "whole", tmp_path / "part"
+        pretrain(PretrainRecipe(**{**SETTINGS, **changed, "steps": 8}), whole)
+        pretrain(PretrainRecipe(**{**SETTINGS, **changed, "steps": 6}), part, steps=4)
+        pretrain(PretrainRecipe(**{**SETTINGS, **changed, "steps": 8}), part, resume=True)
+        assert losses(part) == losses(whole)
+        files = [folder / "model" / "model.safetensors" for folder in (whole, part)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
 
 class TestRecipe:
+    @pytest.mark.parametrize(
+        ("tasks", "problem"),
+        [({"grounding": 2}, "2 examples in a step, but there are 4"), ({"detection": 4}, "no 'detection' in tasks")],
+    )
+    def test_later_steps_must_be_as_large_and_of_known_kinds(self, tasks: dict[str, int], problem: str) -> None:
+        with pytest.raises(ValueError, match=problem):
+            PretrainRecipe(**SETTINGS, later={"after": 2, "tasks": tasks})
+
     def test_every_mistake_is_named_at_once(self, tmp_path: Path) -> None:
         wrong = {**SETTINGS, "tasks": {"dancing": 3}, "steps": 0, "model": {"d_modell": 3}, "wings": 2}
         path = tmp_path / "wrong.yaml"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pituning.errors import PituningError
 from pituning.tasks.emoji import PRETRAINING
@@ -31,6 +31,18 @@ class VocabularySection(_Strict):
     texts: Positive = 4000
 
 
+class LaterSection(_Strict):
+    """What a step holds from some step on.
+
+    Attributes:
+        after: so many steps.
+        tasks: as in :class:`PretrainRecipe`, of the same kinds and as many examples in all.
+    """
+
+    after: Positive
+    tasks: Mapping[str, Positive] = Field(min_length=1)
+
+
 class PretrainRecipe(_Strict):
     """Multi-task pretraining as OFA's: every step is a batch of grounding, captioning, questions and names, or of infilling.
 
@@ -40,9 +52,13 @@ class PretrainRecipe(_Strict):
         side: of the pictures, in pixels.
         scenes: vocabulary of the scenes, see :func:`pituning.data.scenes.names_of`.
         tasks: kind of pretraining (:data:`pituning.tasks.emoji.PRETRAINING`) → its examples in a step.
+        later: other numbers of examples from some step on.
         infilling_every: every so many steps the batch holds texts with a gap instead, without pictures; 0: never.
+        decoder_prompts_after: step from which the decoder reads a question before it answers, as OFA's VQA tasks have it.
         positions_like_contents: scale the first image positions to the spread of the first image features, so that places
             can be told apart from the first step.
+        learning_rate: rises for the first ``warmup_steps``, stays, and falls to zero in the last ``decay_steps``. So a run can
+            be made longer in between: with more ``steps`` it goes on as if they had been asked for from the start.
         save_every, log_every: steps.
         workers: processes that draw pictures.
         output: folder of the checkpoints, the log and, in ``model/``, what :func:`pituning.load_backbone` reads.
@@ -55,12 +71,14 @@ class PretrainRecipe(_Strict):
     side: int = Field(default=96, ge=48)
     scenes: Literal["small", "full"] = "small"
     tasks: Mapping[str, Positive] = Field(min_length=1)
+    later: LaterSection | None = None
     infilling_every: int = Field(default=8, ge=0)
+    decoder_prompts_after: int = Field(default=0, ge=0)
     positions_like_contents: bool = True
     steps: Positive
     learning_rate: float = Field(gt=0)
-    schedule: str = "cosine"
-    warmup: float = Field(default=0.05, ge=0, lt=1)
+    warmup_steps: int = Field(default=500, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -89,6 +107,22 @@ class PretrainRecipe(_Strict):
         except (PituningError, TypeError) as error:
             raise ValueError(str(error)) from error
         return model
+
+    @model_validator(mode="after")
+    def _later_is_as_large(self) -> PretrainRecipe:
+        if self.later is not None and sum(self.later.tasks.values()) != self.batch_size:
+            raise ValueError(
+                f"later.tasks: {sum(self.later.tasks.values())} examples in a step, but there are {self.batch_size} in tasks"
+            )
+        if self.later is not None and (unknown := sorted(set(self.later.tasks) - set(self.tasks))):
+            raise ValueError(
+                f"later.tasks: there is no {unknown[0]!r} in tasks, whose texts the vocabulary is made from"
+            )
+        return self
+
+    def tasks_at(self, step: int) -> Mapping[str, int]:
+        """Kind of pretraining → its examples in a step."""
+        return self.later.tasks if self.later is not None and step >= self.later.after else self.tasks
 
     @property
     def batch_size(self) -> int:

@@ -55,7 +55,6 @@ class Stream(Dataset[tuple[str, Example]]):
             .splits["train" if split == "pretrain" else "test"]
             for kind in dict.fromkeys((*recipe.tasks, "caption"))
         }  # fmt: skip
-        self._places = [(kind, n) for kind, count in recipe.tasks.items() for n in range(count)]
 
     def __len__(self) -> int:
         return self.recipe.steps * self.recipe.batch_size
@@ -65,8 +64,11 @@ class Stream(Dataset[tuple[str, Example]]):
         every = self.recipe.infilling_every
         if every and step % every == every - 1:
             return INFILLING, self._with_a_gap(number)
-        kind, n = self._places[place]
-        example = self.examples[kind][step * self.recipe.tasks[kind] + n]
+        tasks = self.recipe.tasks_at(step)
+        kind, n = [(kind, n) for kind, count in tasks.items() for n in range(count)][place]
+        example = self.examples[kind][step * tasks[kind] + n]
+        if step < self.recipe.decoder_prompts_after:
+            example = replace(example, decoder_prompt="none")
         return kind, replace(example, choices=())  # learned against the whole vocabulary
 
     def _with_a_gap(self, number: int) -> Example:
@@ -89,9 +91,10 @@ class Collator:
     def __call__(self, examples: Sequence[tuple[str, Example]]) -> dict[str, Any]:
         """What :meth:`OFAProcessor.__call__` gives, and ``kinds``."""
         p = self.processor
-        sources = [torch.tensor(self._source(example.prompt)) for _, example in examples]
-        batch: dict[str, Any] = {"input_ids": pad_sequence(sources, batch_first=True, padding_value=p.pad_id)}
-        batch["attention_mask"] = pad_sequence([torch.ones_like(s) for s in sources], batch_first=True)
+        sources = [self._source(example.prompt) for _, example in examples]
+        ids = [torch.tensor(source) for source in sources]
+        batch: dict[str, Any] = {"input_ids": pad_sequence(ids, batch_first=True, padding_value=p.pad_id)}
+        batch["attention_mask"] = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
         images = [None if e.image is None else open_image(e.image, e.id) for _, e in examples]
         if all(i is not None for i in images):
             batch["patch_images"] = torch.stack([p.image(i) for i in images if i is not None])
@@ -99,11 +102,12 @@ class Collator:
         elif any(i is not None for i in images):
             raise RefusedError("a batch has pictures for all of its examples, or for none")
         rows = []
-        for (_, example), image in zip(examples, images, strict=True):
+        for (_, example), image, source in zip(examples, images, sources, strict=True):
+            prompt = p.decoder_prompt(source, example.decoder_prompt)
             if example.box is not None and image is not None:
-                rows.append(p.target(p.encode_box(example.box, image.size)))
+                rows.append(p.target(p.encode_box(example.box, image.size), prompt))
             else:
-                rows.append(p.target(example.before_target + example.target.lstrip()))
+                rows.append(p.target(example.before_target + example.target.lstrip(), prompt))
         inputs, labels = ([torch.tensor(row[side]) for row in rows] for side in (0, 1))
         batch["decoder_input_ids"] = pad_sequence(inputs, batch_first=True, padding_value=p.pad_id)
         batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
@@ -257,8 +261,9 @@ def _arguments(recipe: PretrainRecipe, folder: Path, device: str) -> TrainingArg
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.schedule,
-        warmup_steps=round(recipe.warmup * recipe.steps),
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"},
+        warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         adam_beta2=0.98,
         max_grad_norm=recipe.max_grad_norm,
