@@ -131,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--device", choices=("cpu", "cuda"), help="default: the CPU, then the GPU where there is one")
     one.add_argument("--threads", type=int, default=cores(), help="of the CPU (default: its cores)")
     one.add_argument("--limit", type=float, default=120.0, metavar="MINUTES", help="for one measurement (default 120)")
-    one.add_argument("--work", type=Path, metavar="FOLDER", help="for scratch files; the pool stays")
+    one.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="for scratch files, on the disk to be measured; the pool stays"
+    )
     one.add_argument("--tsv-gigabytes", type=float, default=Setting.gigabytes, help="default %(default)g")
     one.add_argument("--probe", type=Path, default=Path(Setting.probe), help="speed_probe.py (default: %(default)s)")
     one.add_argument("--demo", action="store_true", help="also run `pituning demo`, with --fast and without")

@@ -86,9 +86,9 @@ def run(case: str, backbone: Backbone, expert: Expert, examples: list[Example], 
         step = batch if case == "plain" else 1
         for start in range(0, len(examples), step):
             losses = backbone.loss(backbone.collate(examples[start : start + step]))
-            losses.sum().backward()
+            losses.sum().backward()  # type: ignore[no-untyped-call]
             for key, parameter in site.parameters.items():
-                if case == "loop":
+                if case == "loop" and parameter.grad is not None:
                     square = parameter.grad.double() ** 2 / len(examples)
                     found[key] = found[key] + square if key in found else square
                 parameter.grad = None

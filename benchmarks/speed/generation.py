@@ -74,7 +74,7 @@ class Bare(Backbone):
 
 def generation(setting: Setting) -> dict[str, Sample]:
     """Tokens per second, and what a collapsed expert costs beside a single one."""
-    samples = {}
+    samples: dict[str, Sample] = {}
     for name, build in (("OFA", _ofa), ("T5", _t5), ("Llama", _llama)):
         torch.manual_seed(0)
         writer = build(setting)

@@ -123,7 +123,8 @@ def _steps(name: str, losses: Callable[[], Tensor], batch: int, limit: Sample, s
     count = operations(step)
     times = interleaved({name: partial(seconds, step, setting.device)}, setting.pick(20, 1), warm_up=2)[name]
     achieved = Sample.rate(count / TERA, times)
-    share = Sample(*(v / limit.value for v in (achieved.value, achieved.low, achieved.high)), len(times))
+    top = limit.value
+    share = Sample(achieved.value / top, achieved.low / top, achieved.high / top, achieved.repeats)
     return {
         f"{name}, pictures": Sample.rate(batch, times),
         f"{name}, achieved": achieved,

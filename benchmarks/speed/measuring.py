@@ -155,10 +155,10 @@ def peak_above_now(work: Callable[[], object], device: str = "cpu") -> float:
         torch.cuda.reset_peak_memory_stats()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     process, done = psutil.Process(), threading.Event()
-    before = peak = process.memory_info().rss
+    before = peak = int(process.memory_info().rss)
 
     def watch() -> None:
         nonlocal peak

@@ -40,7 +40,7 @@ def against_peft(setting: Setting) -> dict[str, Sample]:
     """The same merges by both, on fewer modules, because PEFT's takes a minute and a half on all of them."""
     modules, width, rank = setting.pick((2, 2048, 16), (1, 16, 2))
     experts, weights = pool(4, modules, width, rank)
-    samples = {}
+    samples: dict[str, Sample] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of its configuration
         model = loaded_in_peft(experts, modules, width)

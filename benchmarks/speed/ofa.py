@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def child(size: str, mode: str, method: str, experts: int, batch: int, repeats: 
         examples = [Example(str(i), ("",), "", "") for i in range(batch)]
         # what one batch more costs: putting the expert in place and looking at its layers happens once for a whole task
         few, many = (
-            _repeat(lambda n=n: fisher_diagonal(backbone, pool[0], examples * n, batch_size=batch), repeats)
+            _repeat(partial(fisher_diagonal, backbone, pool[0], examples * n, batch_size=batch), repeats)
             for n in (1, 1 + MORE_BATCHES)
         )
         return _result([(m - f) / MORE_BATCHES for f, m in zip(few, many, strict=True)], parameters, trained)
@@ -142,7 +143,7 @@ def _full_step(backbone: FixedBatch, mode: str) -> Callable[[], object]:
 
     def step() -> None:
         backbone.model.zero_grad()
-        backbone.loss({}).sum().backward()
+        backbone.loss({}).sum().backward()  # type: ignore[no-untyped-call]
 
     return step
 

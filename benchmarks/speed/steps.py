@@ -78,7 +78,7 @@ def peak(case: str, device: str, shape: dict[str, int]) -> float:
     with running as (loss, parameters):
         optimizer = torch.optim.AdamW(parameters, lr=1e-4)
         for _ in range(3):
-            loss().backward()  # type: ignore[no-untyped-call]
+            loss().backward()
             optimizer.step()
             optimizer.zero_grad()
     return peak_mb(device)
