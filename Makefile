@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test prove lint docs speed clean
+.PHONY: demo demo-text test prove lint docs speed clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,8 +26,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.demo  ## the whole pipeline on real sentences: prints the result table, writes demo/report.html
-	$(BIN)/pituning run recipes/demo.yaml
+demo: $(VENV)/.demo  ## the whole method on pictures: prints the result table, writes demo/report.html
+	$(BIN)/pituning demo
+
+demo-text: $(VENV)/.demo  ## the same on real sentences, with MiniLM: writes runs/text-demo/report.html
+	$(BIN)/pituning run recipes/text/demo.yaml
 
 test: $(VENV)/.test  ## the whole suite, slow tests included, in two processes
 	$(BIN)/python -m pytest -n 2
@@ -43,8 +46,9 @@ lint: $(VENV)/.dev  ## style and types
 docs: $(VENV)/.dev  ## API reference into docs/api
 	$(BIN)/pdoc --docformat google --output-directory docs/api pituning '!pituning.report'
 
-speed: $(VENV)/.test  ## step time of interpolations against one expert
-	$(BIN)/python benchmarks/speed/interpolation.py
+speed: $(VENV)/.test  ## speed and memory against their bars (hours), then the page docs/speed.md
+	$(BIN)/python -m benchmarks.speed run
+	$(BIN)/python -m benchmarks.speed report
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -404,7 +404,7 @@ class TestRun:
 
     def test_tables_and_report(self, calls: list[Any], tmp_path: Path) -> None:
         recipe = tmp_path / "a.yaml"
-        recipe.write_text((Path(__file__).parents[2] / "recipes" / "demo.yaml").read_text())
+        recipe.write_text((Path(__file__).parents[2] / "recipes" / "text" / "demo.yaml").read_text())
         shown = run("run", recipe, "--seeds", "0, 2", "--output", tmp_path / "out", "--quiet").stdout
         assert calls == [(recipe, tmp_path / "out", {"seeds": [0, 2], "progress": False})]
         for part in ("π (this tool)", "77.5", "80.0  75.0", "+5.1", "+3.2 to +7.0", "−1.0", "π helps.", "report.html"):
@@ -415,13 +415,13 @@ class TestRun:
         arms = [{"name": "pi", "label": "π (this tool)", "values": [1.25]}]
         results = {"title": "captions", "metric": "CIDEr-D", "summary": "", "arms": arms, "report": "r.html"}
         monkeypatch.setattr("pituning.experiments.runner.run_recipe", lambda *a, **k: results)
-        shown = run("run", Path(__file__).parents[2] / "recipes" / "demo.yaml").stdout
+        shown = run("run", Path(__file__).parents[2] / "recipes" / "text" / "demo.yaml").stdout
         assert "captions, CIDEr-D" in shown
         assert "1.250" in shown
         assert "125" not in shown
 
     def test_seeds_and_progress_are_passed_on(self, calls: list[Any], tmp_path: Path) -> None:
         recipe = tmp_path / "a.yaml"
-        recipe.write_text((Path(__file__).parents[2] / "recipes" / "demo.yaml").read_text())
+        recipe.write_text((Path(__file__).parents[2] / "recipes" / "text" / "demo.yaml").read_text())
         run("run", recipe)
         assert calls == [(recipe, None, {"seeds": None, "progress": True})]

@@ -201,7 +201,7 @@ class TestValidate:
         assert "0 mistake(s), 9 missing input(s)" in shown
         found = run_json("validate", root / "ofa" / "table2-full.yaml", "--without-inputs")
         assert (found["problems"], found["missing"]) == ([], [])
-        assert "is valid" in run("validate", root / "demo.yaml").stdout
+        assert "is valid" in run("validate", root / "text" / "demo.yaml").stdout
 
     def test_all_mistakes_at_once(self, tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text(
@@ -221,4 +221,4 @@ def test_a_tables_stages_and_tasks_are_named(tmp_path: Path) -> None:
     assert "there is no stage 'expert'" in run("run", recipe, "--stages", "expert", code=2).stderr
     assert "Error" in run("run", recipe, "--seeds", "0", code=2).stderr
     assert "input(s) are missing, nothing was run" in error("run", recipe, "--output", tmp_path)
-    assert "Error" in run("run", recipe.parents[1] / "demo.yaml", "--stages", "experts", code=2).stderr
+    assert "Error" in run("run", recipe.parents[1] / "text" / "demo.yaml", "--stages", "experts", code=2).stderr

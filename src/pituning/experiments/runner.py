@@ -44,15 +44,21 @@ RIVALS = ("own-extra", "nearest-tuned", "soup-tuned", "own")
 
 
 def run_recipe(
-    path: str | Path, output: Path | None = None, *, seeds: Sequence[int] | None = None, progress: bool = True
+    recipe: str | Path | Recipe,
+    output: Path | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    command: str | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
-    """Run a recipe from a file and write ``results.json``, ``report.html`` and PNGs into its output folder.
+    """Run a recipe, mostly from a file, and write ``results.json``, ``report.html`` and PNGs into its output folder.
 
     A run that was interrupted goes on where it stopped: every (arm, draw) is kept in ``cells/``.
 
     Args:
         output: instead of the recipe's own.
         seeds: draws, instead of the recipe's own.
+        command: what the report says it was made by; needed where the recipe comes from no file.
 
     Returns:
         the results as written to ``results.json``, with ``report``, the path of the page.
@@ -62,11 +68,8 @@ def run_recipe(
             that was trained on another number of examples than it says.
         DataError: if the data of a task cannot be found.
     """
-    recipe = load_recipe(path)
-    if isinstance(recipe, TableRecipe):
-        raise RecipeError(f"{path} is the recipe of a table, which has stages and no arms: pituning.run_table runs it")
-    if isinstance(recipe, PretrainRecipe):
-        raise RecipeError(f"{path} pretrains a model and has no arms: `pituning pretrain {path}` runs it")
+    command = command or f"pituning run {recipe}"
+    recipe = recipe if isinstance(recipe, Recipe) else _comparison(recipe)
     if seeds is not None:
         recipe = recipe.model_copy(update={"draws": tuple(seeds)})
     folder = Path(output or recipe.output)
@@ -90,7 +93,7 @@ def run_recipe(
         step("leak audit", 0, 1)
         results["audit"] = _audit(_Only(pool, recipe.pool.tasks), target, tasks, draws, recipe.test_limit)
     results |= {
-        "command": f"pituning run {path}",
+        "command": command,
         "seconds": round(time.perf_counter() - start, 1),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {n: version(n) for n in ("pituning", "torch", "transformers", "peft")}
@@ -101,6 +104,15 @@ def run_recipe(
     results["report"] = str(write_report(results | {"gallery": galleries}, folder))
     write_json(folder / "results.json", results)
     return results
+
+
+def _comparison(path: str | Path) -> Recipe:
+    recipe = load_recipe(path)
+    if isinstance(recipe, TableRecipe):
+        raise RecipeError(f"{path} is the recipe of a table, which has stages and no arms: pituning.run_table runs it")
+    if isinstance(recipe, PretrainRecipe):
+        raise RecipeError(f"{path} pretrains a model and has no arms: `pituning pretrain {path}` runs it")
+    return recipe
 
 
 def paired_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:

@@ -372,10 +372,14 @@ def _model_card(expert: Expert) -> str:
     own = "" if foreign else "import pituning.methods  # enters the method into PEFT\n"
     if card.training.get("architecture") == "ofa":
         own += "import pituning.backbones.ofa.modeling  # enters OFA into transformers\n"
+    if card.backbone == "ofa-nano":  # on no hub
+        loading = ["import pituning as pt", f"{own}model = pt.load_backbone({card.backbone!r}).model"]
+    else:
+        loading = [f"from transformers import {auto}", f"{own}model = {auto}.from_pretrained({card.backbone!r})"]
     lines = [
         "---",
         "library_name: peft",
-        f"base_model: {card.backbone}",
+        *([f"base_model: {card.backbone}"] if card.backbone != "ofa-nano" else []),
         *([f"license: {card.licence}"] if card.licence else []),
         "tags: [pituning, peft]",
         "---",
@@ -386,8 +390,7 @@ def _model_card(expert: Expert) -> str:
         "",
         "```python",
         "from peft import PeftModel",
-        f"from transformers import {auto}",
-        f"{own}model = {auto}.from_pretrained({card.backbone!r})",
+        *loading,
         'model = PeftModel.from_pretrained(model, "PATH/TO/THIS/FOLDER")',
         "```",
     ]
