@@ -12,9 +12,10 @@ from datetime import date
 from pathlib import Path
 
 import benchmarks.speed
+from benchmarks.pages import fill
 from benchmarks.speed.machine import cores, facts, has_gpu
 from benchmarks.speed.measuring import ROOT, Setting
-from benchmarks.speed.page import block, fill, shown_bar, shown_sample, tally, verdict
+from benchmarks.speed.page import block, shown_bar, shown_sample, tally, verdict
 from benchmarks.speed.records import HISTORY, Outcome, Record, claim, read, write
 from benchmarks.speed.registry import MEASUREMENTS, Measurement, measurement
 from benchmarks.speed.running import run
@@ -92,7 +93,7 @@ def _record(options: argparse.Namespace, chosen: Sequence[Measurement], setting:
 def _report(options: argparse.Namespace) -> int:
     records = read(options.history or HISTORY)
     page = options.page
-    page.write_text(fill(page.read_text(encoding="utf-8"), block(records)), encoding="utf-8")
+    page.write_text(fill(page.read_text(encoding="utf-8"), "speed", block(records)), encoding="utf-8")
     print(f"{page.name}: {len(records)} records")
     return 0
 

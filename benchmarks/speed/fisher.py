@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertModel
 
 if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.speed.measuring import interleaved, peak_above_now, ratio, seconds
+from benchmarks.speed.models import minilm_shaped, random_expert
 from pituning.backbones.encoder import EncoderBackbone
 from pituning.example import Example
-from pituning.experts import Expert, ExpertCard
+from pituning.experts import Expert
 from pituning.methods import attached, config_dict, initial_tensors, make_config
 from pituning.similarity.fisher import fisher_diagonal
 
@@ -42,15 +42,7 @@ class Backbone(EncoderBackbone):
     """Examples are random token ids, so that no tokenizer takes part."""
 
     def __init__(self, tokens: int, hidden: int, layers: int, device: str) -> None:
-        torch.manual_seed(0)
-        config = BertConfig(
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 32,
-            intermediate_size=4 * hidden,
-            vocab_size=30522,
-        )
-        super().__init__("MiniLM-shaped", BertModel(config), tokenizer=None, device=device)
+        super().__init__("MiniLM-shaped", minilm_shaped(hidden, layers), tokenizer=None, device=device)
         self.tokens = tokens
         self.labels = torch.nn.functional.normalize(torch.randn(2, hidden), dim=1).to(device)
 
@@ -71,10 +63,8 @@ def _seeded(name: str) -> torch.Generator:
 def build(method: str, arguments: argparse.Namespace) -> tuple[Backbone, Expert, list[Example]]:
     backbone = Backbone(arguments.tokens, arguments.hidden, arguments.layers, arguments.device)
     config = config_dict(make_config(method, backbone))
-    initial = initial_tensors(backbone, config)
-    tensors = {k: t.cpu() + 0.01 * torch.randn(t.shape, generator=_seeded("1")) for k, t in initial.items()}
     made = [Example(str(n), (), "", "ab"[n % 2], ("a", "b")) for n in range(arguments.examples)]
-    return backbone, Expert(tensors, config, ExpertCard(method)), made
+    return backbone, random_expert(initial_tensors(backbone, config), config, 1), made
 
 
 def run(case: str, backbone: Backbone, expert: Expert, examples: list[Example], batch: int) -> dict[str, Tensor]:

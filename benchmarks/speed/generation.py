@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from benchmarks.speed.measuring import Sample, Setting, interleaved, seconds
-from benchmarks.speed.ofa import FixedBatch, random_expert
+from benchmarks.speed.models import random_expert
+from benchmarks.speed.ofa import FixedBatch
 from pituning.backbones.base import Backbone, Batch
 from pituning.backbones.ofa.configuration import OFAConfig
 from pituning.backbones.ofa.generation import BeamSettings, beam_search

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.speed.generation import SMALL_OFA, collapsed
 from benchmarks.speed.interpolation import build, step_seconds, trainable
 from benchmarks.speed.measuring import Sample, Setting, interleaved, peak_mb, seconds
-from benchmarks.speed.ofa import FixedBatch, random_expert
+from benchmarks.speed.models import random_expert
+from benchmarks.speed.ofa import FixedBatch
 from benchmarks.speed.steps import EXPERTS, PART, shapes
 from pituning.backbones.ofa.configuration import OFAConfig
 from pituning.backbones.ofa.generation import BeamSettings, beam_search

@@ -27,14 +27,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
 if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.speed.measuring import interleaved, ratio, synchronize
+from benchmarks.speed.models import minilm_shaped, random_expert
 from pituning.backbones.encoder import EncoderBackbone
-from pituning.experts import Expert, ExpertCard
+from pituning.experts import Expert
 from pituning.interpolation import build_mixture
 from pituning.methods import attached, config_dict, initial_tensors, make_config
 from pituning.training.module import running
@@ -66,18 +66,10 @@ def build(
     method: str, experts: int, batch: int, tokens: int, hidden: int = 384, layers: int = 6, device: str = "cpu"
 ) -> Built:
     """MiniLM's shape unless told otherwise, with random weights and experts."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        intermediate_size=4 * hidden,
-        vocab_size=30522,
-    )
-    backbone = EncoderBackbone("MiniLM-shaped", BertModel(config), tokenizer=None, device=device)
+    backbone = EncoderBackbone("MiniLM-shaped", minilm_shaped(hidden, layers), tokenizer=None, device=device)
     settings = config_dict(make_config(method, backbone))
     initial = initial_tensors(backbone, settings)
-    pool = [_random_expert(initial, settings, seed) for seed in range(experts)]
+    pool = [random_expert(initial, settings, seed) for seed in range(experts)]
     inputs = {
         "input_ids": torch.randint(1000, 30000, (batch, tokens)),
         "attention_mask": torch.ones(batch, tokens, dtype=torch.long),
@@ -158,12 +150,6 @@ def _held(built: Built, train: str) -> int:
 def _bytes(tensors: Iterable[Tensor]) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
-
-
-def _random_expert(initial: Mapping[str, Tensor], settings: Mapping[str, Any], seed: int) -> Expert:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {k: t.cpu() + 0.01 * torch.randn(t.shape, generator=generator) for k, t in initial.items()}
-    return Expert(tensors, settings, ExpertCard(f"random {seed}"))
 
 
 if __name__ == "__main__":

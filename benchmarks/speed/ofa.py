@@ -33,6 +33,7 @@ if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.speed.measuring import NotApplicableError, Sample, Setting, peak_mb
+from benchmarks.speed.models import random_expert
 from benchmarks.speed.reference import PROBE_OF_REFERENCE, REFERENCE, SHOWN, Case, case_name, recorded
 from pituning.backbones.base import Backbone, Batch
 from pituning.backbones.loss import label_smoothed_nll
@@ -40,7 +41,7 @@ from pituning.backbones.ofa.configuration import OFAConfig
 from pituning.backbones.ofa.generation import BeamSettings, beam_search
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.example import Example
-from pituning.experts import Expert, ExpertCard
+from pituning.experts import ExpertCard
 from pituning.interpolation import build_mixture
 from pituning.interpolation.collapse import collapse
 from pituning.methods import attached, config_dict, initial_tensors, make_config
@@ -166,13 +167,6 @@ def _result(times: list[float], parameters: int, trained: int) -> dict[str, Any]
         "trained": trained,
         "times": times,
     }
-
-
-def random_expert(initial: dict[str, Tensor], config: dict[str, Any], seed: int) -> Expert:
-    """The initial tensors plus noise, on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {k: t.cpu() + 0.01 * torch.randn(t.shape, generator=generator) for k, t in initial.items()}
-    return Expert(tensors, config, ExpertCard(f"random {seed}"))
 
 
 def main() -> None:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from benchmarks.speed.measuring import Sample
 from benchmarks.speed.records import Outcome, Record, complete
 from benchmarks.speed.registry import MEASUREMENTS, Bar, Figure, Measurement
-from pituning.errors import PituningError
 
-BEGIN, END = "<!-- begin speed -->", "<!-- end speed -->"
 HISTORY = 5  # records shown
 NONE = Outcome("not applicable")
 TITLES = {"cpu": "CPU", "cuda": "GPU"}
@@ -27,17 +25,6 @@ class Shown:
     def sample(self, figure: Figure) -> Sample | None:
         """The figure, where it was measured."""
         return self.outcome.samples.get(figure.name)
-
-
-def fill(page: str, text: str) -> str:
-    """A page with the text between the marks replaced.
-
-    Raises:
-        PituningError: if the page does not have the two marks.
-    """
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise PituningError(f"the page needs the marks {BEGIN!r} and {END!r}, once and in this order")
-    return page[: page.index(BEGIN) + len(BEGIN)] + f"\n{text}\n" + page[page.index(END) :]
 
 
 def block(records: Sequence[Record], measurements: Sequence[Measurement] = MEASUREMENTS) -> str:

@@ -8,24 +8,28 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import benchmarks.transfer
+from benchmarks.pages import fill
 from benchmarks.transfer.cells import Cells
 from benchmarks.transfer.pictures import write_pictures
-from benchmarks.transfer.report import Commands, block, fill, gather, write_parquet
+from benchmarks.transfer.report import Commands, block, gather, write_parquet
 from benchmarks.transfer.running import Part, load_tasks, prepared, run
 from benchmarks.transfer.sources import audit, source_rows
 from benchmarks.transfer.suites import SUITES, Suite, suite_named
-from pituning.backbones import load_backbone
+from pituning.backbones import Backbone, load_backbone
 from pituning.errors import PituningError
 from pituning.experiments.cells import write_json
 from pituning.training.precision import PRECISIONS, precision
 
 PAGE = Path("docs/transfer.md")
+ROUNDED = "bf16-weights"
+"""A precision: the frozen weights rounded to bfloat16 and computed in it, the experts' in float32 and without autocast."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,10 +59,10 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
     part = Part(*(tuple(chosen) if chosen else None for chosen in (options.tasks, options.arms, options.seeds)))
     part.wanted(suite)  # a wrong name must not cost an hour
     tasks = load_tasks(suite, options.data)
-    backbone = load_backbone(suite.backbone, device=options.device)
+    backbone = _backbone(suite, options)
     gc.collect()
     gc.freeze()  # every `Trainer` collects garbage, and has neither libraries nor data to go through then
-    with precision(backbone, options.precision):
+    with nullcontext() if options.precision == ROUNDED else precision(backbone, options.precision):
         bench = prepared(suite, backbone, tasks, options.work, out_of_time=out_of_time, say=say)
         if bench is None:
             say("stopped while training the sources, because the time was up")
@@ -66,6 +70,15 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
         tally = run(bench, part, out_of_time=out_of_time, say=say)
     say(str(tally))
     return 1 if tally.failed else 0
+
+
+def _backbone(suite: Suite, options: argparse.Namespace) -> Backbone:
+    if options.precision != ROUNDED:
+        return load_backbone(suite.backbone, device=options.device)
+    backbone = load_backbone(suite.backbone, device=options.device, dtype=torch.bfloat16)
+    if backbone.device.type == "cpu":  # as in `precision`
+        backbone.model.set_attn_implementation("eager")
+    return backbone
 
 
 def _report(suite: Suite, options: argparse.Namespace) -> int:
@@ -125,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--arms", nargs="+")
             one.add_argument("--seeds", nargs="+", type=int)
             one.add_argument("--device", default="cpu")
-            one.add_argument("--precision", default="auto", choices=PRECISIONS)
+            one.add_argument("--precision", default="auto", choices=(*PRECISIONS, ROUNDED))
             one.add_argument("--budget", type=float, default=float("inf"), help="minutes; no cell is begun after them")
         if verb == "report":
             one.add_argument("--page", type=Path, default=PAGE)

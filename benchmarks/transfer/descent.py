@@ -93,6 +93,7 @@ def _whole(
     """A tuned copy; ``read`` sees it before the first step, every ``eval_every`` steps and at the end."""
     backbone.collate(list(examples[:1]))  # label texts are encoded by the backbone as it was, and kept
     tuned = copy.deepcopy(backbone)
+    tuned.model.float()  # small steps vanish in bfloat16
     trained = [p for p in tuned.model.parameters() if p.is_floating_point()]
     for parameter in trained:
         parameter.requires_grad_(True)

@@ -157,10 +157,16 @@ def prepared(
         "backbone": backbone.fingerprint,
         "pool": pool_digest(pool),
         "device": kind,
-        "precision": "bf16" if torch.is_autocast_enabled(kind) else "fp32",
+        "precision": _precision(backbone),
         "versions": {"pituning": pituning.__version__, **{n: version(n) for n in ("torch", "transformers", "peft")}},
     }
     return Bench(suite, backbone, tasks, work, pool, rows, json.loads(json.dumps(common)))
+
+
+def _precision(backbone: Backbone) -> str:
+    if torch.is_autocast_enabled(backbone.device.type):
+        return "bf16"
+    return "fp32" if next(backbone.model.parameters()).dtype == torch.float32 else "bf16-weights"
 
 
 def run(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.transfer.cells import claimed, digest, digest_examples
-from benchmarks.transfer.suites import Suite
+from benchmarks.transfer.suites import EMOJI, Suite
 from pituning.backbones.base import Backbone
 from pituning.data.overlap import Overlap, find_overlaps
 from pituning.example import Example
@@ -18,6 +18,7 @@ from pituning.experiments.cells import write_json
 from pituning.experts.expert import tensor_hash
 from pituning.experts.pool import ExpertPool
 from pituning.similarity.embedding import embed_task
+from pituning.tasks.emoji import SIZES, emoji_task
 from pituning.tasks.task import Task
 from pituning.training.train_expert import train_expert
 
@@ -57,7 +58,11 @@ def _task_digest(task: Task) -> str:
 
 
 def _candidates(suite: Suite, task: Task) -> Sequence[Example]:
-    return task.split("train", round(SPARE * suite.source_rows))
+    wanted = round(SPARE * suite.source_rows) if suite.texts_tell else suite.source_rows
+    if task.name in EMOJI:  # made on demand, as many as are wanted
+        name = task.name.removesuffix("-small")
+        task = emoji_task(name, vocabulary="small", sizes={"train": max(wanted, SIZES["train"])})
+    return task.split("train", wanted)
 
 
 def _leaks(suite: Suite, tasks: Tasks, source: str) -> list[Overlap]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.pages import fill
 from benchmarks.speed import __main__ as command_line
 from benchmarks.speed import child, diagonals, gpu, machine, merging, ofa, startup, steps
 from benchmarks.speed.collapse import dense, folded, pool
@@ -33,13 +34,14 @@ from benchmarks.speed.measuring import (
     peak_mb,
     resolve,
 )
-from benchmarks.speed.page import BEGIN, END, block, fill, tally, verdict
+from benchmarks.speed.page import block, tally, verdict
 from benchmarks.speed.records import Outcome, Record, claim, read, write
 from benchmarks.speed.reference import PROBE_OF_REFERENCE, SHOWN
 from benchmarks.speed.registry import MEASUREMENTS, Bar, Figure, Measurement, measurement
 from benchmarks.speed.running import complaint, outcome, without_paths
 from pituning.errors import DataError, PituningError, UnknownNameError
 
+BEGIN, END = "<!-- begin speed -->", "<!-- end speed -->"
 UNITS = {"", "×", "s", "ms", "MB", "GB", "MB/s", "rows/s", "tokens/s", "scenes/s", "pictures/s", "TFLOP/s"}
 QUICK = Setting(quick=True)
 
@@ -341,14 +343,14 @@ def test_other_machines_and_quick_runs_have_no_part_in_the_tables() -> None:
 
 def test_only_what_is_between_the_marks_is_replaced() -> None:
     page = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    assert fill(page, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    assert fill(page, "speed", "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
     with pytest.raises(PituningError, match="needs the marks"):
-        fill(page.replace(END, ""), "new")
+        fill(page.replace(END, ""), "speed", "new")
 
 
 def test_the_page_in_the_docs_is_that_of_the_records_in_the_repository() -> None:
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    assert fill(page, block(read(ROOT / "benchmarks" / "speed" / "history"))) == page
+    assert fill(page, "speed", block(read(ROOT / "benchmarks" / "speed" / "history"))) == page
 
 
 def test_bars_of_what_was_not_asked_for_do_not_count() -> None:

@@ -18,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.pages import fill
 from benchmarks.transfer.__main__ import main
 from benchmarks.transfer.arms import ARMS, rescaled
 from benchmarks.transfer.cells import Cells, claimed, digest
 from benchmarks.transfer.descent import fully_tuned
 from benchmarks.transfer.intervals import paired_difference, resampled_means
-from benchmarks.transfer.report import Commands, block, differences, fill, gather, write_parquet
+from benchmarks.transfer.report import Commands, block, differences, gather, write_parquet
 from benchmarks.transfer.running import Bench, Part, prepared, run
 from benchmarks.transfer.setting import Setting
 from benchmarks.transfer.sharing import Shared

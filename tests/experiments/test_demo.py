@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import pituning as pt
@@ -89,7 +88,6 @@ class TestRecipe:
 
 @pytest.mark.slow
 def test_the_verb_runs_all_of_it(small: None, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     found = CliRunner().invoke(app, ["demo", "--fast", "--output", str(tmp_path / "out"), "--json", "--quiet"])
     assert found.exit_code == 0, found.output
     results = json.loads(found.stdout)

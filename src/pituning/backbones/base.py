@@ -25,6 +25,10 @@ Batch = Mapping[str, Any]
 IMAGE_BATCH_SIZE = 16  # 64 pictures of 480 pixels would take gigabytes in the first convolutions
 
 
+PACKAGED: Mapping[str, Path] = {"ofa-nano": Path(__file__).parents[1] / "data" / "ofa_nano" / "model"}
+"""Backbones whose weights are part of this package, and on no hub: name → folder."""
+
+
 class Backbone(ABC):
     """A frozen foundation model with its processor.
 
@@ -42,7 +46,7 @@ class Backbone(ABC):
     searches_choices: bool = False
     """Whether :meth:`generate` takes ``choices=``, and then writes nothing but one of them."""
 
-    hub_names: Mapping[str, str] = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "ofa-nano": "ofa-nano"}
+    hub_names: Mapping[str, str] = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, *, device: str | torch.device = "cpu") -> None:
         self.name = name

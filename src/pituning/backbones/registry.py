@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from pituning.backbones.base import Backbone
+from pituning.backbones.base import PACKAGED, Backbone
 from pituning.backbones.encoder import EncoderBackbone
 from pituning.errors import PituningError, RefusedError, unknown_name
 
 _SHORT_NAMES = Backbone.hub_names
-_OFA_NANO = Path(__file__).parents[1] / "data" / "ofa_nano" / "model"  # its weights are part of the package
 
 
 def load_backbone(
@@ -52,7 +51,7 @@ def load_backbone(
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         hint = f"It is neither a folder nor a model that could be fetched ({type(error).__name__}: {error})."
-        raise unknown_name("backbone", name, _SHORT_NAMES, hint) from error
+        raise unknown_name("backbone", name, [*_SHORT_NAMES, *PACKAGED], hint) from error
     if config.model_type == "ofa":
         if device_map is not None:
             raise RefusedError(
@@ -147,8 +146,8 @@ def _source(name: str) -> str:
         except ImportError:
             return _SHORT_NAMES[name]
         return str(MODEL_DIR)
-    if name == "ofa-nano":
-        return str(_OFA_NANO)
+    if name in PACKAGED:
+        return str(PACKAGED[name])
     looks_local = name.startswith((".", "/", "~")) or Path(name).is_dir()
     if looks_local and not Path(name).expanduser().is_dir():
         raise unknown_name("backbone", name, _SHORT_NAMES, "It looks like a path, but there is no such folder.")

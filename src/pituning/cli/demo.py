@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pituning.cli.output import Output
-from pituning.cli.run import comparison_tables
+from pituning.cli.run import show_comparison
 from pituning.cli.verb import verb
 
 
@@ -30,7 +30,4 @@ def demo(
     """
     with output.status("loading"):
         from pituning.experiments.demo import run_demo
-    results = run_demo(folder, fast=fast, progress=not output.quiet)
-    output.result(
-        results, *comparison_tables(results), *filter(None, [results["summary"]]), f"report: {results['report']}"
-    )
+    show_comparison(output, run_demo(folder, fast=fast, progress=not output.quiet))

@@ -72,9 +72,7 @@ def run(
     if wanted or tasks:
         raise typer.BadParameter("--stages and --tasks are for the recipes of the paper's tables")
     results = run_recipe(recipe, folder, seeds=chosen, progress=not output.quiet)
-    output.result(
-        results, *comparison_tables(results), *filter(None, [results["summary"]]), f"report: {results['report']}"
-    )
+    show_comparison(output, results)
 
 
 def _table_rows(results: Mapping[str, Any]) -> list[Group]:
@@ -105,8 +103,12 @@ def _numbers(seeds: str | None) -> list[int] | None:
         raise typer.BadParameter(f"--seeds expects whole numbers with commas between them, not {seeds!r}") from error
 
 
-def comparison_tables(results: Mapping[str, Any]) -> list[Group]:
-    """The arms' values, and the differences between them."""
+def show_comparison(output: Output, results: Mapping[str, Any]) -> None:
+    """The arms' values, the differences between them, and where the report is."""
+    output.result(results, *_tables(results), *filter(None, [results["summary"]]), f"report: {results['report']}")
+
+
+def _tables(results: Mapping[str, Any]) -> list[Group]:
     from pituning.report.content import Metric
 
     metric = Metric(results.get("metric", "accuracy"))

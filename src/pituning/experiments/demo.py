@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pituning.backbones.base import PACKAGED
 from pituning.errors import RecipeError
 from pituning.experiments.recipe import Recipe, load_recipe
 from pituning.experiments.runner import run_recipe
 
-FOLDER = Path(__file__).parents[1] / "data" / "ofa_nano"
+FOLDER = PACKAGED["ofa-nano"].parent
 RECIPE = FOLDER / "demo.yaml"
 EXPERTS = FOLDER / "experts"
 """The experts that the demo's recipe trains, as its pool of them was trained for the package."""

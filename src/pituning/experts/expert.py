@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pituning.backbones.base import Backbone
+from pituning.backbones.base import PACKAGED, Backbone
 from pituning.errors import BackboneMismatchError, ExpertError
 from pituning.methods.attach import attached, check_tensors, initial_tensors
 from pituning.methods.prefix import folded
@@ -369,17 +369,19 @@ def _model_card(expert: Expert) -> str:
     generative = {"seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
     auto = generative.get(str(card.training.get("family")), "AutoModel")
     foreign = expert.config.get("peft_type") not in OWN_TYPES
-    own = "" if foreign else "import pituning.methods  # enters the method into PEFT\n"
-    if card.training.get("architecture") == "ofa":
-        own += "import pituning.backbones.ofa.modeling  # enters OFA into transformers\n"
-    if card.backbone == "ofa-nano":  # on no hub
-        loading = ["import pituning as pt", f"{own}model = pt.load_backbone({card.backbone!r}).model"]
+    packaged = card.backbone in PACKAGED
+    loading = [] if foreign else ["import pituning.methods  # enters the method into PEFT"]
+    if packaged:
+        loading += ["import pituning", f"model = pituning.load_backbone({card.backbone!r}).model"]
     else:
-        loading = [f"from transformers import {auto}", f"{own}model = {auto}.from_pretrained({card.backbone!r})"]
+        loading = [f"from transformers import {auto}", *loading]
+        if card.training.get("architecture") == "ofa":
+            loading.append("import pituning.backbones.ofa.modeling  # enters OFA into transformers")
+        loading.append(f"model = {auto}.from_pretrained({card.backbone!r})")
     lines = [
         "---",
         "library_name: peft",
-        *([f"base_model: {card.backbone}"] if card.backbone != "ofa-nano" else []),
+        *([] if packaged else [f"base_model: {card.backbone}"]),
         *([f"license: {card.licence}"] if card.licence else []),
         "tags: [pituning, peft]",
         "---",
