@@ -33,10 +33,14 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+if not __package__:  # run by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import pituning as pt
 from pituning.backbones import Backbone
 from pituning.interpolation.collapse import collapse
 from pituning.similarity.embedding import pool_embedding
+from pituning.similarity.measures import average_ranks
 from pituning.tasks import Task
 from pituning.training.precision import precision
 from pituning.training.train_expert import start_from
@@ -45,8 +49,10 @@ from pituning.training.trainer import TrainSettings, fit
 TASKS = (
     "sst2", "cr", "agnews", "tweet_sentiment", "tweet_emotion", "mrpc", "sick_para", "trec6", "subj", "cola",
 )  # fmt: skip
-KINDS = [("score", "shared"), ("gradient", "shared"), ("weights", "shared")]
+KINDS = [("calibrated-score", "shared"), ("score", "shared"), ("gradient", "shared"), ("weights", "shared")]
 KINDS += [(kind, reference) for reference in ("shared", "own") for kind in ("fisher", "fisher-paper", "fisher-cosine")]
+AVERAGES = (("score", "gradient"), ("score", "weights"), ("calibrated-score", "weights"))
+"""Kinds whose ranks are averaged, from the figures of each: nothing is measured again."""
 STEPS, BATCH, OWN_RATE, WARM_RATE = 30, 8, 1e-3, 3e-4
 SOURCE_ROWS = 1000
 Gains = Mapping[str, Mapping[str, Sequence[float]]]
@@ -193,6 +199,13 @@ def scores(similarity: Mapping[str, float], gain: Mapping[str, float]) -> dict[s
     }
 
 
+def rank_average(similarities: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> dict[str, float]:
+    """The kind ``average`` from similarities that are known: source → similarity."""
+    names = sorted(similarities[kinds[0]])
+    ranks = average_ranks([[similarities[kind][n] for n in names] for kind in kinds])
+    return dict(zip(names, ranks, strict=True))
+
+
 def at_random(gain: Mapping[str, float], times: int = 500) -> dict[str, float]:
     """The same of random orders."""
     rng, names = np.random.default_rng(0), sorted(gain)
@@ -226,7 +239,8 @@ def report(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for row in rows:
         for source, gain in row["gains"].items():
             gains.setdefault(row["target"], {}).setdefault(source, []).append(gain)
-        for kind, values in row["similarities"].items():
+        averaged = {f"average of {', '.join(kinds)}": rank_average(row["similarities"], kinds) for kinds in AVERAGES}
+        for kind, values in {**row["similarities"], **averaged}.items():
             for source, value in values.items():
                 similarities.setdefault(kind, {}).setdefault(row["target"], {}).setdefault(source, []).append(value)
     targets = sorted(gains)
@@ -262,20 +276,73 @@ def show(found: Mapping[str, Any]) -> None:
     helped = len(found["targets with a source that helps"])
     print(f"\n{len(found['targets'])} targets, {found['draws']} draws; {helped} have a source whose gain is above 0")
     print(
-        f"{'similarity':<24}{'ρ':>7}{'95 % interval':>18}{'NDCG@3':>9}{'regret@1':>10}{'hit@3':>7}{'ρ, held out':>13}"
+        f"{'similarity':<36}{'ρ':>7}{'95 % interval':>18}{'NDCG@3':>9}{'regret@1':>10}{'hit@3':>7}{'ρ, held out':>13}"
     )
     for kind, row in sorted(found["table"].items(), key=lambda item: -item[1]["rho"]):
         low, high = row["rho interval"]
         print(
-            f"{kind:<24}{row['rho']:>7.2f}{f'{low:.2f} to {high:.2f}':>18}{row['ndcg@3']:>9.2f}{row['regret@1']:>10.2f}"
+            f"{kind:<36}{row['rho']:>7.2f}{f'{low:.2f} to {high:.2f}':>18}{row['ndcg@3']:>9.2f}{row['regret@1']:>10.2f}"
             f"{row['hit@3 of helped']:>7.2f}{row['rho, targets to report on']:>13.2f}"
         )
     chance = found["chance"]
     print(
-        f"{'chance':<24}{chance['rho']:>7.2f}{'':>18}{chance['ndcg@3']:>9.2f}{chance['regret@1']:>10.2f}{chance['hit@3']:>7.2f}"
+        f"{'chance':<36}{chance['rho']:>7.2f}{'':>18}{chance['ndcg@3']:>9.2f}{chance['regret@1']:>10.2f}{chance['hit@3']:>7.2f}"
     )
-    print(f"{'ceiling':<24}{statistics.fmean(found['ceiling'].values()):>7.2f}")
+    print(f"{'ceiling':<36}{statistics.fmean(found['ceiling'].values()):>7.2f}")
     print(f"chosen on {', '.join(found['targets'][::2])}: {found['chosen']}")
+
+
+def write_pictures(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """``predict-similarities.png``: ρ of every similarity with its interval; ``predict-gains.png``: the truth."""
+    from pituning.report.images import drawing, save
+
+    files = [folder / "predict-similarities.png", folder / "predict-gains.png"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with drawing():
+        save(_similarities(found), files[0])
+        save(_gains(found), files[1])
+    return files
+
+
+def _similarities(found: Mapping[str, Any]) -> Any:
+    """Similarities as rows: mean ρ and its interval, the targets as dots, chance and the ceiling as lines."""
+    from pituning.report.images import new_figure
+    from pituning.report.style import FAINT, GRID, INK, OTHER, PI
+
+    table = dict(sorted(found["table"].items(), key=lambda item: -item[1]["rho"]))
+    figure, axis = new_figure(8.0, 1.2 + 0.3 * len(table))
+    axis.axvline(found["chance"]["rho"], color=INK, linewidth=1.2)
+    ceilings = [c for c in found["ceiling"].values() if not np.isnan(c)]
+    if ceilings:
+        axis.axvline(statistics.fmean(ceilings), color=INK, linewidth=1.2, linestyle=":")
+    for row, (kind, values) in zip(range(len(table), 0, -1), table.items(), strict=True):
+        low, high = values["rho interval"]
+        colour, dots = PI if kind == found["chosen"] else OTHER, list(values["by target"].values())
+        axis.hlines(row, low, high, color=colour, linewidth=2.4)
+        axis.scatter(dots, [row - 0.2] * len(dots), s=10, color=FAINT, linewidths=0)
+        axis.scatter([values["rho"]], [row], s=44, marker="D", color=colour, linewidths=0, zorder=3)
+        text = f"{values['rho']:.2f} ({low:.2f} to {high:.2f})".replace("-", "−")
+        axis.text(1.02, row, text, transform=axis.get_yaxis_transform(), va="center_baseline", color=INK, fontsize=9)
+    axis.set_yticks(range(len(table), 0, -1), list(table), fontsize=9)
+    axis.set_ylim(0.4, len(table) + 0.6)
+    axis.set_xlabel("Spearman's ρ with the measured gain; solid: chance, dotted: noise ceiling; dots are targets")
+    axis.grid(axis="x", color=GRID)
+    axis.set_axisbelow(True)
+    title = f"{len(found['targets'])} targets, {found['draws']} draws of 16 shots per class"
+    axis.set_title(title, loc="left", fontweight="bold", pad=10)
+    return figure
+
+
+def _gains(found: Mapping[str, Any]) -> Any:
+    """Targets as rows, sources as columns."""
+    from benchmarks.plots import heat_map
+
+    targets = list(found["targets"])
+    gains: Mapping[str, Mapping[str, float]] = found["gains"]
+    sources = sorted({s for by_source in gains.values() for s in by_source})
+    values = np.array([[gains[t].get(s, np.nan) for s in sources] for t in targets])
+    label = "points against the own expert"
+    return heat_map(values, targets, sources, label=label, title="gain of a warm start from each source's expert")
 
 
 def main() -> None:
@@ -287,6 +354,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--limit", type=int, default=300, help="test examples of each task (default 300)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pictures", type=Path, help="folder for two pictures of the outcome")
     parser.add_argument("--report-only", action="store_true", help="from what is kept, without running anything")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -309,13 +377,16 @@ def main() -> None:
                 f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-    rows = [json.loads(file.read_text()) for file in files.values() if file.is_file()]
+    kept = [json.loads(file.read_text()) for file in files.values() if file.is_file()]
+    rows = [row for row in kept if len(row.get("similarities", {})) == len(KINDS)]  # another process may be at one
     if not rows:
         sys.exit(f"no figures in {folder}")
     found = report(rows)
     arguments.work.mkdir(parents=True, exist_ok=True)
     (arguments.work / "predict.json").write_text(json.dumps(found, indent=1) + "\n")
     show(found)
+    if arguments.pictures:
+        print(*write_pictures(found, arguments.pictures))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.plots import heat_map, signed
 from benchmarks.transfer.arms import ARMS
-from benchmarks.transfer.report import Found, differences, signed
+from benchmarks.transfer.report import Found, differences
 from pituning.report.images import drawing, new_figure, save
-from pituning.report.style import DIVERGING, FAINT, GRID, INK, OTHER, OWN, PI
+from pituning.report.style import FAINT, GRID, INK, OTHER, OWN, PI
 
 RIVAL = "own-extra"
 
@@ -61,34 +62,15 @@ def _differences(found: Found, shots: int) -> Any:
 
 def _targets(found: Found, shots: int) -> Any:
     """Targets as rows, arms as columns: mean difference to own + extra steps."""
-    from matplotlib.colors import LinearSegmentedColormap
-
     suite = found.suite
     against = differences(found, RIVAL, shots, suite.targets)
     targets = [
         t for role in (suite.report, suite.development) for t in role if any(t in d.by_target for d in against.values())
     ]
     values = np.array([[d.by_target.get(t, np.nan) for d in against.values()] for t in targets])
-    reach = max(float(np.nanmax(np.abs(values))), 0.1)
-    figure, axis = new_figure(1.6 + 0.42 * len(against), 0.9 + 0.32 * len(targets))
-    scale = LinearSegmentedColormap.from_list("differences", DIVERGING)
-    drawn = axis.pcolormesh(
-        np.ma.masked_invalid(values), cmap=scale, vmin=-reach, vmax=reach, edgecolors="white", linewidth=1.5
-    )
-    for (i, j), value in np.ndenumerate(values):
-        text = "" if np.isnan(value) else signed(float(value))
-        axis.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", fontsize=7)
     labels = [t if suite.role(t) == "report" else f"{t} (development)" for t in targets]
-    axis.set_yticks(np.arange(len(targets)) + 0.5, labels, fontsize=9)
-    axis.set_xticks(np.arange(len(against)) + 0.5, list(against), rotation=55, ha="left", fontsize=9)
-    axis.xaxis.tick_top()
-    axis.tick_params(length=0)
-    axis.invert_yaxis()
-    bar = figure.colorbar(drawn, ax=axis, fraction=0.03, pad=0.02, label="points against own + extra steps")
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, colors=FAINT)
-    axis.set_title(_title(found, "all targets", shots), loc="left", fontweight="bold", pad=10)
-    return figure
+    label = "points against own + extra steps"
+    return heat_map(values, labels, list(against), label=label, title=_title(found, "all targets", shots))
 
 
 def _title(found: Found, what: str, shots: int) -> str:

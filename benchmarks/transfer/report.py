@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import signed
 from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.cells import digest
 from benchmarks.transfer.intervals import Difference, Values, paired_difference
@@ -344,15 +345,6 @@ def _by_target(found: Found, shots: int, task: str) -> list[str]:
             mean, difference = statistics.fmean(values), _difference(against.get(arm))
             lines.append(f"| `{arm}` | {mean:.1f} | {each} | {difference} | {loss:.3f} | {seconds:.0f} |")
     return lines
-
-
-def signed(value: float) -> str:
-    """
-    >>> signed(1.25), signed(-0.5), signed(-0.01)
-    ('+1.2', '−0.5', '0.0')
-    """
-    text = f"{value:+.1f}"
-    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
 def _difference(difference: Difference | None) -> str:

@@ -28,7 +28,7 @@ from pituning.experts.pool import ExpertPool
 from pituning.tasks.task import Task, load_task
 from pituning.training.evaluation import evaluate
 
-REVISION = 1
+REVISION = 2
 """To be raised with every change to the arms that changes a figure: cells of an earlier one are not used again."""
 
 DETAILS = ("learning_rate", "steps", "experts", "weights", "chosen")

@@ -11,9 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
+from typer.main import get_command
 
 from pituning.backbones.base import Backbone
+from pituning.cli import app
 from pituning.errors import DataError, ExpertError, PituningError, RefusedError, UnknownNameError
+from pituning.experiments.recipe import InterpolationSection
 from pituning.experts import Expert, ExpertPool
 from pituning.methods import attached, initial_tensors
 from pituning.similarity import TaskEmbedding
@@ -29,6 +32,8 @@ from pituning.similarity.measures import (
     weight_similarity,
     zero_tensors,
 )
+from pituning.similarity.select import DEFAULT_KIND
+from pituning.training.evaluation import bias_calibrated_losses
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 needs_fixtures = pytest.mark.skipif(
@@ -339,8 +344,28 @@ class TestRegistry:
         return Comparison(backbone, task, ExpertPool(folder), experts, **changes)
 
     def test_every_kind_is_there_under_its_name(self) -> None:
-        assert set(KINDS) == {"fisher", "fisher-paper", "fisher-cosine", "weights", "gradient", "score", "average"}
+        fishers = {"fisher", "fisher-paper", "fisher-cosine"}
+        assert set(KINDS) == fishers | {"weights", "gradient", "score", "calibrated-score", "average"}
         assert all(measure.name == name for name, measure in MEASURES.items())
+
+    def test_the_default_is_one_and_the_same_everywhere(self) -> None:
+        assert DEFAULT_KIND in MEASURES
+        assert InterpolationSection().kind == DEFAULT_KIND
+        (option,) = [p for p in get_command(app).commands["rank"].params if p.name == "kind"]
+        assert option.default == DEFAULT_KIND
+
+    @pytest.mark.parametrize("kind", ["score", "calibrated-score"])
+    def test_scores_are_losses_of_the_expert_one_example_at_a_time(
+        self, bert: Backbone, random_expert: Any, make_task: Any, tmp_path: Path, kind: str
+    ) -> None:
+        experts, task = [random_expert(bert, "lora", s) for s in range(2)], make_task()
+        examples = task.split("train")
+        for expert, found in zip(experts, MEASURES[kind](self.comparison(bert, experts, task, tmp_path)), strict=True):
+            with attached(bert, expert.config, expert.tensors), torch.no_grad():
+                rows = torch.cat([bert.score(bert.collate([e]), task.choices) for e in examples]).log_softmax(1)
+            plain = -rows[range(len(examples)), [e.label for e in examples]]
+            slow = plain if kind == "score" else bias_calibrated_losses(rows, examples)
+            assert found == pytest.approx(-float(slow.mean()), rel=1e-4)
 
     def test_average_is_the_mean_share_of_candidates_beaten(
         self, bert: Backbone, random_expert: Any, make_task: Any, tmp_path: Path

@@ -20,7 +20,7 @@ from pituning.similarity.select import Ranking
 from pituning.similarity.selection import Selection, select
 from pituning.tasks import Task
 from pituning.training.crossfit import Search
-from pituning.training.evaluation import calibrated_losses
+from pituning.training.evaluation import bias_calibrated_losses, calibrated_losses
 from pituning.training.train_expert import train_expert
 from pituning.training.trainer import TrainSettings
 
@@ -183,6 +183,21 @@ def test_a_ranking_by_score_is_made_anew_without_the_fold(
         return [i for i in range(5) if -float(losses[i, list(rows)].mean()) >= low]
 
     assert above.arms[0].loss == pytest.approx(float(cross_fitted(log_p, helped, at_least).mean()), rel=1e-4)
+
+
+def test_so_is_one_by_calibrated_score(bert: Backbone, experts: list[Expert], helped: Task, log_p_of: Any) -> None:
+    log_p, examples = log_p_of(helped), helped.split("train")
+
+    def losses(rows: Sequence[int]) -> list[float]:
+        picked = [examples[r] for r in rows]
+        return [float(bias_calibrated_losses(log_p([i])[list(rows)], picked).mean()) for i in range(5)]
+
+    whole = losses(range(len(examples)))
+    order = sorted(range(5), key=lambda i: whole[i])
+    ranking = ranked([experts[i] for i in order], "calibrated-score", [-whole[i] for i in order])
+    found = select(ranking, "top-k", k=2, backbone=bert, task=helped)
+    slow = cross_fitted(log_p, helped, lambda rows: [int(np.argmin(losses(rows)))])
+    assert found.arms[1].loss == pytest.approx(float(slow.mean()), rel=1e-4)
 
 
 def test_score_weighted_soups(

@@ -8,13 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from pituning.backbones.base import Backbone
 from pituning.errors import BackboneMismatchError, DataError, ExpertError, UnknownNameError
 from pituning.example import Example
 from pituning.experts import Expert
 from pituning.methods import attached
-from pituning.training.evaluation import calibrated_losses, evaluate, log_loss, log_probabilities
+from pituning.training.evaluation import (
+    BIAS_PENALTY,
+    bias_calibrated_losses,
+    calibrated_losses,
+    evaluate,
+    log_loss,
+    log_probabilities,
+)
 from pituning.training.module import running
 
 
@@ -132,3 +140,38 @@ class TestCalibration:
         torch.testing.assert_close(
             calibrated_losses(sharp, examples), calibrated_losses(log_p, examples), rtol=1e-3, atol=1e-3
         )
+
+    def test_a_bias_per_answer_is_the_best_that_a_search_without_gradients_finds(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        log_p = torch.log_softmax(2 * torch.randn(25, 3, generator=generator, dtype=torch.float64), 1)
+        truth = [int(row.argmax()) if i % 3 else (i // 3) % 3 for i, row in enumerate(log_p)]
+        shifted = torch.log_softmax(log_p + torch.tensor([3.0, 0.0, -1.0], dtype=torch.float64), 1)
+        found = bias_calibrated_losses(shifted, self.examples(truth))
+
+        def objective(values: np.ndarray) -> float:
+            rows = shifted.numpy() * values[0] + values[1:]
+            rows = rows - np.log(np.exp(rows).sum(1, keepdims=True))
+            return float(-rows[np.arange(25), truth].sum() + BIAS_PENALTY * (values[1:] ** 2).sum())
+
+        options = {"xatol": 1e-9, "fatol": 1e-12, "maxiter": 20_000}
+        slow = minimize(objective, np.array([1.0, 0.0, 0.0, 0.0]), method="Nelder-Mead", options=options)
+        penalty = BIAS_PENALTY * float((slow.x[1:] ** 2).sum())
+        assert float(found.sum()) == pytest.approx(slow.fun - penalty, rel=1e-4)
+
+    def test_a_preferred_answer_costs_little(self) -> None:
+        log_p = torch.log_softmax(3 * torch.randn(60, 3, generator=torch.Generator().manual_seed(4)).double(), 1)
+        truth = torch.multinomial(log_p.exp(), 1, generator=torch.Generator().manual_seed(5)).flatten().tolist()
+        examples = self.examples(truth)
+        leaning = torch.log_softmax(log_p + torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64), 1)
+        lost = {
+            f: float((f(leaning, examples) - f(log_p, examples)).mean())
+            for f in (calibrated_losses, bias_calibrated_losses)
+        }
+        assert lost[bias_calibrated_losses] < 0.2 * lost[calibrated_losses]
+
+    def test_impossible_answers_and_single_examples_stay_finite(self) -> None:
+        log_p = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+        found = bias_calibrated_losses(log_p, self.examples([0]))
+        assert found.shape == (1,)
+        assert 0 <= float(found) < 1e-3
+        assert torch.isfinite(bias_calibrated_losses(log_p, self.examples([1]))).all()

@@ -36,12 +36,13 @@ class RankingOptions:
     kind: Annotated[
         str,
         typer.Option(
-            help="Similarity: score (how well each expert predicts the task's training examples), gradient (how steeply "
-            "their loss falls towards each expert), fisher, fisher-cosine, fisher-paper (task embeddings), weights (no data "
+            help="Similarity: calibrated-score (how well each expert tells the answers to the task's training examples "
+            "apart), score (the same without calibration), gradient (how steeply their loss falls towards each expert), "
+            "fisher, fisher-cosine, fisher-paper (task embeddings), weights (no data "
             "needed) or average (of the ranks by several).",
             rich_help_panel=_PANEL,
         ),
-    ] = "score"
+    ] = "calibrated-score"  # as DEFAULT_KIND, which must not be imported for a help page
     average_of: Annotated[
         str | None,
         typer.Option(

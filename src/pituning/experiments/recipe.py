@@ -59,7 +59,7 @@ class SearchSection(_Strict):
 class InterpolationSection(_Strict):
     """How π selects and blends."""
 
-    kind: str = "score"
+    kind: str = "calibrated-score"  # as DEFAULT_KIND of pituning.similarity.select, which imports torch
     reference: Literal["shared", "own"] = "shared"
     top: int = Field(default=3, ge=1)
     train: Literal["experts", "shared", "weights", "none", "merge-then-tune"] = "experts"

@@ -32,8 +32,8 @@ from pituning.experts.expert import Expert
 from pituning.experts.pool import ExpertPool
 from pituning.similarity.embedding import embed_task, pool_embedding, shared_reference
 from pituning.similarity.graph import task_graph
-from pituning.similarity.measures import FISHER_KINDS
-from pituning.similarity.select import audit_pool, rank_experts
+from pituning.similarity.measures import FISHER_KINDS, SCORES
+from pituning.similarity.select import DEFAULT_KIND, audit_pool, rank_experts
 from pituning.tasks.task import Task, load_task
 from pituning.training.evaluation import Evaluation, evaluate, predict
 from pituning.training.precision import precision
@@ -345,15 +345,16 @@ def _map_of_tasks(recipe: Recipe, backbone: Backbone, task: Task, pool: ExpertPo
     embeddings = {task.name: embed_task(backbone, shared_reference(pool, recipe.method), task, reference="shared")}
     embeddings |= {name: pool_embedding(backbone, pool, name, "shared") for name in pool.names()}
     graph = task_graph(embeddings)
-    kinds = ["score", *FISHER_KINDS[::2]]
+    first = recipe.interpolation.kind if recipe.interpolation.kind in SCORES else DEFAULT_KIND
+    kinds = [first, *FISHER_KINDS[::2]]
     rankings = {kind: rank_experts(backbone, task, pool, kind=kind) for kind in kinds}
     similarity = {k: {e.name: s for e, s in zip(r.experts, r.similarities, strict=True)} for k, r in rankings.items()}
-    order = [e.name for e in rankings["score"].experts]
+    order = [e.name for e in rankings[first].experts]
     return {
         "graph": {"kind": graph.kind, "names": graph.names, "matrix": graph.matrix, "target": task.name},
         "ranking": {
             "kinds": kinds,
-            "default": recipe.interpolation.kind if recipe.interpolation.kind in kinds else "score",
+            "default": recipe.interpolation.kind if recipe.interpolation.kind in kinds else first,
             "experts": [{"name": n, "values": {k: similarity[k][n] for k in kinds}, "gain": None} for n in order],
         },
     }

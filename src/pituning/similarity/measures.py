@@ -31,11 +31,16 @@ from pituning.similarity.embedding import TaskEmbedding, embed_task, pool_embedd
 from pituning.similarity.gradient import loss_slopes
 from pituning.similarity.settling import FIRST, MOST
 from pituning.tasks.task import Task
-from pituning.training.evaluation import mean_log_loss
+from pituning.training.evaluation import bias_calibrated_losses, log_loss, log_probabilities
 
 FISHER_KINDS = ("fisher", "fisher-paper", "fisher-cosine")
 SETTLED_TOP = 3
 """A target's embedding takes more examples until so many of the most similar candidates stay the same."""
+SCORES: Mapping[str, Callable[[Tensor, Sequence[Example]], float]] = {
+    "score": log_loss,
+    "calibrated-score": lambda log_p, examples: float(bias_calibrated_losses(log_p, examples).mean()),
+}
+"""The kinds that read what an expert says of the examples: (log p ``[examples, choices]``, examples) → loss in nats."""
 AVERAGED = ("score", "gradient")
 """What ``average`` averages where nothing is said: the kinds that need nothing but the target's examples."""
 
@@ -175,10 +180,15 @@ def weight_similarity(target: Expert, candidate: Expert, initial: Mapping[str, T
     return float(torch.stack(cosines).mean())
 
 
-def score_similarity(backbone: Backbone, expert: Expert, task: Task) -> float:
-    """Minus the expert's mean log-loss on the target's training examples, in nats; the expert has never seen them."""
+def score_similarity(backbone: Backbone, expert: Expert, task: Task, kind: str = "score") -> float:
+    """Minus the expert's mean log-loss on the target's training examples, in nats; the expert has never seen them.
+
+    ``score``: as it is; ``calibrated-score``: after a temperature and one bias per answer
+    (:func:`pituning.training.evaluation.bias_calibrated_losses`).
+    """
+    examples = task.split("train")
     with attached(backbone, expert.config, expert.tensors):
-        return -mean_log_loss(backbone, task.split("train"))
+        return -SCORES[kind](log_probabilities(backbone, examples), examples)
 
 
 def gradient_similarities(backbone: Backbone, experts: Sequence[Expert], examples: Sequence[Example]) -> list[float]:
@@ -301,8 +311,8 @@ def _weights(comparison: Comparison) -> list[float]:
     return [weight_similarity(own, e, initial) for e in comparison.candidates]
 
 
-def _score(comparison: Comparison) -> list[float]:
-    return [score_similarity(comparison.backbone, e, comparison.task) for e in comparison.candidates]
+def _score(kind: str, comparison: Comparison) -> list[float]:
+    return [score_similarity(comparison.backbone, e, comparison.task, kind) for e in comparison.candidates]
 
 
 def _gradient(comparison: Comparison) -> list[float]:
@@ -325,7 +335,7 @@ MEASURES: dict[str, Measure] = {
         *(Measure(kind, frozenset({"examples", "embeddings"}), partial(_fisher, kind)) for kind in FISHER_KINDS),
         Measure("weights", frozenset({"own"}), _weights),
         Measure("gradient", frozenset({"examples"}), _gradient),
-        Measure("score", frozenset({"examples"}), _score),
+        *(Measure(kind, frozenset({"examples"}), partial(_score, kind)) for kind in SCORES),
         Measure("average", frozenset(), _average),  # what the averaged kinds need, each says itself
     )
 }

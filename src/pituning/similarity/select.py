@@ -15,7 +15,7 @@ from pituning.similarity.embedding import REFERENCES
 from pituning.similarity.measures import AVERAGED, FISHER_KINDS, MEASURES, Comparison
 from pituning.tasks.task import Task, load_task
 
-DEFAULT_KIND = "score"
+DEFAULT_KIND = "calibrated-score"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def rank_experts(
 
     Args:
         own: the target's own expert; needed by ``weights``, and by the Fisher kinds at the ``own`` reference point.
-        kind: ``score`` (log-loss of each expert on the target's training examples), ``gradient`` (how steeply that loss
+        kind: ``calibrated-score`` (log-loss of each expert on the target's training examples, after a temperature and one bias
+            per answer), ``score`` (the same as it is), ``gradient`` (how steeply that loss
             falls from the common start towards each expert), ``fisher``, ``fisher-cosine``, ``fisher-paper`` (Fisher task
             embeddings), ``weights`` (data-free) or ``average`` (of the ranks by the kinds in ``average_of``).
         reference: for the Fisher kinds, where the tasks are embedded: all at one ``shared`` expert, or each at its

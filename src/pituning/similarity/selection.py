@@ -19,7 +19,7 @@ from pituning.data.fewshot import stratified_folds
 from pituning.errors import PituningError, unknown_name
 from pituning.experts.expert import Expert, initial_of
 from pituning.interpolation.build import build_mixture, is_lora
-from pituning.similarity.measures import weight_similarity
+from pituning.similarity.measures import SCORES, weight_similarity
 from pituning.similarity.select import Ranking
 from pituning.tasks.task import Task
 from pituning.training.crossfit import Search, within_one_standard_error
@@ -166,7 +166,7 @@ class _Shots:
         self.ranking, self.experts = ranking, ranking.experts
         self.examples = task.split("train")
         self.soup = soup
-        self.by_score = ranking.kind == "score"  # such a ranking has seen all shots and is made anew for a part of them
+        self.score = SCORES.get(ranking.kind)  # such a ranking has seen all shots and is made anew for a part of them
         self.compared: dict[tuple[int, ...], float] = {}
         self._runs: dict[tuple[tuple[int, float], ...], Tensor] = {}
         position = {e.id: i for i, e in enumerate(self.examples)}
@@ -190,9 +190,10 @@ class _Shots:
 
     def similarities(self, rows: Sequence[int]) -> Sequence[float]:
         """The ranking's similarities, as far as they may be known from these rows."""
-        if not self.by_score:
+        if self.score is None:
             return self.ranking.similarities
-        return [-self._single(i, rows) for i in range(len(self.experts))]
+        examples = [self.examples[r] for r in rows]
+        return [-self.score(self.log_p([i], rows)[list(rows)], examples) for i in range(len(self.experts))]
 
     def nearest(self, rows: Sequence[int]) -> tuple[int, ...]:
         """The highest ranked expert alone."""

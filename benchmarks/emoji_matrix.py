@@ -1,0 +1,69 @@
+"""What is there to transfer on the emoji scenes? Two tables for a pool of experts of ofa-nano.
+
+    python benchmarks/emoji_matrix.py --pool runs/transfer/experts/DIGEST
+
+*Headroom*: what the bare backbone gets right of single things, by the style that they are drawn in and by whether pretraining
+knew their names (twemoji and 25 of the names are new). *Matrix*: the bare backbone and every expert, as it is, on every task of
+miniature Table 1, by the task's own metric. A pool that was trained on weights rounded to bfloat16 is evaluated on such.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+import pituning as pt
+from pituning.backbones import Backbone
+from pituning.data.emoji import SMALL
+from pituning.errors import BackboneMismatchError
+from pituning.tasks.emoji_rows import ROWS, Source
+
+TARGETS = ("refemoji", "refemoji+", "refemojig", "emoji-vqa", "emoji-entailment", "emoji-group", "emoji-count")
+
+
+def headroom(backbone: Backbone, rows: str, limit: int) -> dict[tuple[str, str], list[bool]]:
+    """(style, ``known`` or ``new``) → whether each answer of the bare backbone is right."""
+    source, found = Source("test", vocabulary="small"), defaultdict(list)
+    for example, answer in pt.predict(backbone, None, pt.load_task(f"emoji-{rows}-small"), limit=limit):
+        (thing,) = ROWS[rows](source, int(example.id.rpartition("/")[2])).scene.things
+        found[thing.style, "known" if thing.name in SMALL else "new"].append(answer == example.target)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pool", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=500, help="test examples of each task (default 500)")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    pool = pt.ExpertPool(arguments.pool)
+    backbone = _backbone(pool)
+    for rows in ("object", "group"):
+        print(f"{rows}: bare accuracy of {arguments.limit}", flush=True)
+        for (style, news), right in sorted(headroom(backbone, rows, arguments.limit).items()):
+            print(f"  {style:<10}{news:<7}{100 * fmean(right):6.1f} of {len(right)}", flush=True)
+    tasks = [pt.load_task(f"{name}-small") for name in TARGETS]
+    print(f"{'':<26}" + "".join(f"{name.removeprefix('emoji-'):>12}" for name in TARGETS))
+    for expert in (None, *pool):
+        values = [100 * pt.evaluate(backbone, expert, task, limit=arguments.limit).value for task in tasks]
+        print(f"{expert.name if expert else 'bare':<26}" + "".join(f"{v:>12.1f}" for v in values), flush=True)
+
+
+def _backbone(pool: pt.ExpertPool) -> Backbone:
+    """As the pool was trained on: in float32, else rounded."""
+    backbone = pt.load_backbone("ofa-nano")
+    try:
+        pool.load_all(backbone)
+    except BackboneMismatchError:
+        backbone = pt.load_backbone("ofa-nano", dtype=torch.bfloat16)
+        pool.load_all(backbone)
+    return backbone
+
+
+if __name__ == "__main__":
+    main()

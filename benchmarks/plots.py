@@ -1,0 +1,52 @@
+"""What the benchmarks' pictures share; in the style of the reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pituning.report.images import new_figure
+from pituning.report.style import DIVERGING, FAINT
+
+
+def heat_map(
+    values: npt.NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], *, label: str, title: str
+) -> Any:
+    """A figure of differences ``[rows, columns]`` around zero, each written into its field; NaN leaves one empty."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    reach = max(float(np.nanmax(np.abs(values))), 0.1)
+    figure, axis = new_figure(1.6 + 0.42 * len(columns), 0.9 + 0.32 * len(rows))
+    drawn = axis.pcolormesh(
+        np.ma.masked_invalid(values),
+        cmap=LinearSegmentedColormap.from_list("differences", DIVERGING),
+        vmin=-reach,
+        vmax=reach,
+        edgecolors="white",
+        linewidth=1.5,
+    )
+    for (i, j), value in np.ndenumerate(values):
+        text = "" if np.isnan(value) else signed(float(value))
+        axis.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", fontsize=7)
+    axis.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=9)
+    axis.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=55, ha="left", fontsize=9)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.invert_yaxis()
+    bar = figure.colorbar(drawn, ax=axis, fraction=0.03, pad=0.02, label=label)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, colors=FAINT)
+    axis.set_title(title, loc="left", fontweight="bold", pad=10)
+    return figure
+
+
+def signed(value: float) -> str:
+    """
+    >>> signed(1.25), signed(-0.5), signed(-0.01)
+    ('+1.2', '−0.5', '0.0')
+    """
+    text = f"{value:+.1f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
