@@ -72,7 +72,7 @@ def assert_ranking(found: Any, expected: dict[str, float], tolerance: float = 1e
 
 def test_score_is_minus_each_experts_log_loss(bert: Backbone, pool: ExpertPool, make_task: Any) -> None:
     task = make_task()
-    found = rank_experts(bert, task, pool)
+    found = rank_experts(bert, task, pool, kind="score")
     assert_ranking(found, {e.name: -log_loss(bert, e, task.split("train")) for e in pool})
     assert found.target == "target"
     assert [e.name for e in found.top(2)] == [e.name for e in found.experts[:2]]

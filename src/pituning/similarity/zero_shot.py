@@ -59,7 +59,7 @@ def zero_shot(
     taken at the reference point that the pool shares, because the target has no expert of its own.
 
     Args:
-        kind: ``fisher`` and its variants, or ``score``; ``weights`` would need an own expert.
+        kind: ``fisher`` and its variants, ``calibrated-score`` or ``score``; ``weights`` would need an own expert.
         method: only experts of this method; needed where the pool holds several.
         split, limit, by: of the evaluation, as in :func:`pituning.evaluate`.
         data: folder with the data of the pool's tasks, for embeddings that are not stored yet.
