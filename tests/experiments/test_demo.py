@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from pituning.errors import RecipeError
 from pituning.experiments import demo
 from pituning.experiments.recipe import load_recipe
 from pituning.tasks import emoji
+
+
+def test_its_extra_brings_the_metrics_of_its_captions() -> None:
+    recipe = load_recipe(demo.FOLDER / "demo.yaml")
+    assert "emoji-caption-small" in recipe.pool.tasks
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "pituning[metrics]" in extras["demo"]
 
 
 @pytest.fixture(scope="module")
