@@ -22,7 +22,9 @@ from pituning.tasks import emoji
 def test_its_extra_brings_the_metrics_of_its_captions() -> None:
     recipe = load_recipe(demo.FOLDER / "demo.yaml")
     assert "emoji-caption-small" in recipe.pool.tasks
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert "pituning[metrics]" in extras["demo"]
 
 
