@@ -10,19 +10,22 @@ miniature Table 1, by the task's own metric. A pool that was trained on weights 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
+if not __package__:  # run by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import pituning as pt
+from benchmarks.transfer.suites import TABLE1
 from pituning.backbones import Backbone
 from pituning.data.emoji import SMALL
 from pituning.errors import BackboneMismatchError
 from pituning.tasks.emoji_rows import ROWS, Source
-
-TARGETS = ("refemoji", "refemoji+", "refemojig", "emoji-vqa", "emoji-entailment", "emoji-group", "emoji-count")
 
 
 def headroom(backbone: Backbone, rows: str, limit: int) -> dict[tuple[str, str], list[bool]]:
@@ -47,8 +50,8 @@ def main() -> None:
         print(f"{rows}: bare accuracy of {arguments.limit}", flush=True)
         for (style, news), right in sorted(headroom(backbone, rows, arguments.limit).items()):
             print(f"  {style:<10}{news:<7}{100 * fmean(right):6.1f} of {len(right)}", flush=True)
-    tasks = [pt.load_task(f"{name}-small") for name in TARGETS]
-    print(f"{'':<26}" + "".join(f"{name.removeprefix('emoji-'):>12}" for name in TARGETS))
+    tasks = [pt.load_task(name) for name in TABLE1]
+    print(f"{'':<26}" + "".join(f"{t.name.removeprefix('emoji-').removesuffix('-small'):>12}" for t in tasks))
     for expert in (None, *pool):
         values = [100 * pt.evaluate(backbone, expert, task, limit=arguments.limit).value for task in tasks]
         print(f"{expert.name if expert else 'bare':<26}" + "".join(f"{v:>12.1f}" for v in values), flush=True)

@@ -306,31 +306,20 @@ def write_pictures(found: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def _similarities(found: Mapping[str, Any]) -> Any:
     """Similarities as rows: mean ρ and its interval, the targets as dots, chance and the ceiling as lines."""
-    from pituning.report.images import new_figure
-    from pituning.report.style import FAINT, GRID, INK, OTHER, PI
+    from benchmarks.plots import Row, intervals
+    from pituning.report.style import OTHER, PI
 
-    table = dict(sorted(found["table"].items(), key=lambda item: -item[1]["rho"]))
-    figure, axis = new_figure(8.0, 1.2 + 0.3 * len(table))
-    axis.axvline(found["chance"]["rho"], color=INK, linewidth=1.2)
-    ceilings = [c for c in found["ceiling"].values() if not np.isnan(c)]
-    if ceilings:
-        axis.axvline(statistics.fmean(ceilings), color=INK, linewidth=1.2, linestyle=":")
-    for row, (kind, values) in zip(range(len(table), 0, -1), table.items(), strict=True):
+    rows = {}
+    for kind, values in sorted(found["table"].items(), key=lambda item: -item[1]["rho"]):
         low, high = values["rho interval"]
-        colour, dots = PI if kind == found["chosen"] else OTHER, list(values["by target"].values())
-        axis.hlines(row, low, high, color=colour, linewidth=2.4)
-        axis.scatter(dots, [row - 0.2] * len(dots), s=10, color=FAINT, linewidths=0)
-        axis.scatter([values["rho"]], [row], s=44, marker="D", color=colour, linewidths=0, zorder=3)
         text = f"{values['rho']:.2f} ({low:.2f} to {high:.2f})".replace("-", "−")
-        axis.text(1.02, row, text, transform=axis.get_yaxis_transform(), va="center_baseline", color=INK, fontsize=9)
-    axis.set_yticks(range(len(table), 0, -1), list(table), fontsize=9)
-    axis.set_ylim(0.4, len(table) + 0.6)
-    axis.set_xlabel("Spearman's ρ with the measured gain; solid: chance, dotted: noise ceiling; dots are targets")
-    axis.grid(axis="x", color=GRID)
-    axis.set_axisbelow(True)
+        colour = PI if kind == found["chosen"] else OTHER
+        rows[kind] = Row(values["rho"], low, high, list(values["by target"].values()), colour, text)
+    ceilings = [c for c in found["ceiling"].values() if not np.isnan(c)]
+    lines = {found["chance"]["rho"]: "-"} | ({statistics.fmean(ceilings): ":"} if ceilings else {})
+    label = "Spearman's ρ with the measured gain; solid: chance, dotted: noise ceiling; dots are targets"
     title = f"{len(found['targets'])} targets, {found['draws']} draws of 16 shots per class"
-    axis.set_title(title, loc="left", fontweight="bold", pad=10)
-    return figure
+    return intervals(rows, label=label, title=title, lines=lines)
 
 
 def _gains(found: Mapping[str, Any]) -> Any:

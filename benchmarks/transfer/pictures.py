@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.plots import heat_map, signed
+from benchmarks.plots import Row, heat_map, intervals, signed
 from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.report import Found, differences
-from pituning.report.images import drawing, new_figure, save
-from pituning.report.style import FAINT, GRID, INK, OTHER, OWN, PI
+from pituning.report.images import drawing, save
+from pituning.report.style import OTHER, OWN, PI
 
 RIVAL = "own-extra"
 
@@ -33,31 +33,15 @@ def write_pictures(found: Found, shots: int, folder: Path) -> list[Path]:
 
 def _differences(found: Found, shots: int) -> Any:
     """Each arm's mean difference to own + extra steps over the report targets, with its interval; the targets as dots."""
-    against = differences(found, RIVAL, shots, found.suite.report)
-    count = len(against)
-    figure, axis = new_figure(8.0, 1.2 + 0.3 * count)
-    axis.axvline(0, color=INK, linewidth=1.2)
-    for row, (arm, difference) in zip(range(count, 0, -1), against.items(), strict=True):
+    rows = {}
+    for arm, difference in differences(found, RIVAL, shots, found.suite.report).items():
         sure = difference.low > 0 or difference.high < 0
         colour = PI if arm.startswith("pi") and sure else OWN if sure else OTHER
-        axis.hlines(row, difference.low, difference.high, color=colour, linewidth=2.4)
-        axis.scatter(
-            list(difference.by_target.values()),
-            [row - 0.2] * len(difference.by_target),
-            s=10,
-            color=FAINT,
-            linewidths=0,
-        )
-        axis.scatter([difference.mean], [row], s=44, marker="D", color=colour, linewidths=0, zorder=3)
         text = f"{signed(difference.mean)} ({signed(difference.low)} to {signed(difference.high)})"
-        axis.text(1.02, row, text, transform=axis.get_yaxis_transform(), va="center_baseline", color=INK, fontsize=9)
-    axis.set_yticks(range(count, 0, -1), [ARMS[arm].label for arm in against], fontsize=9)
-    axis.set_ylim(0.4, count + 0.6)
-    axis.set_xlabel("difference to own + the same extra steps, points; dots are targets")
-    axis.grid(axis="x", color=GRID)
-    axis.set_axisbelow(True)
-    axis.set_title(_title(found, "report targets", shots), loc="left", fontweight="bold", pad=10)
-    return figure
+        dots = list(difference.by_target.values())
+        rows[ARMS[arm].label] = Row(difference.mean, difference.low, difference.high, dots, colour, text)
+    label = "difference to own + the same extra steps, points; dots are targets"
+    return intervals(rows, label=label, title=_title(found, "report targets", shots), lines={0.0: "-"})
 
 
 def _targets(found: Found, shots: int) -> Any:
