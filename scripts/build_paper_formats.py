@@ -15,8 +15,9 @@ two that pretrain. The same seed writes the same files.
   2013), the name of a thing that is there once, and its box. testA asks for people, testB for the rest, as RefCOCO's do.
 - VQA: drawings and questions of easy-VQA (MIT).
 - SNLI-VE: drawings and human sentences of NLVR (Suhr et al., ACL 2017; CC BY 4.0), as many true as false; the premise says
-  what is in the boxes. The pretraining rows hold statements that are made, about drawings that are made in NLVR's manner;
-  those in ``pretrain-first/`` say no more than that there is a thing of some kind.
+  what is in the boxes, and the picture shows the three of them two by two. The pretraining rows hold statements that are
+  made, about drawings that are made in NLVR's manner; those in ``pretrain-first/`` say no more than that there is a thing of
+  some kind.
 
 The data stay outside the repository.
 """
@@ -33,6 +34,7 @@ import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from build_grounding_data import REPOSITORY
-from nlvr_statements import drawing, invented, premise, simple_statements, statements_about
+from build_grounding_data import BOX_STEP, REPOSITORY, SCALE
+from nlvr_statements import BETWEEN, BOX_SIDE, drawing, invented, premise, simple_statements, statements_about
 
 SCENE = (125, 100)  # pixels of a stored scene, a quarter of CoDraw's canvas
 SCALES = (1.0, 0.7, 0.49)  # of a sprite, by its depth
@@ -56,6 +58,8 @@ NAMES = {
     "t_14s": "the fire",
 }  # fmt: skip
 VISIBLE = 0.7  # share of a sprite that must be on the canvas to be asked for
+GAP = 4  # pixels between the boxes of a drawing
+ALIKE = 0.7  # share of the statements for pretraining whose two drawings hold the same things
 
 Row = Sequence[str]
 Box = tuple[float, float, float, float]
@@ -161,7 +165,7 @@ def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, se
 
     A sentence has as many drawings that it is true of as others, so that its words alone give nothing away. The two orders of
     the boxes that NLVR has of a drawing are both in ``train``; ``dev`` and ``test`` have one. Drawings that differ in the order
-    of their boxes only are in one split, and no statement is a sentence of a person's.
+    of their boxes only are in one split, and no statement is a sentence of a person's. The pictures show the boxes two by two.
     """
     with gzip.open(folder / "examples.json.gz", "rt", encoding="utf-8") as file:
         records = json.load(file)
@@ -184,20 +188,36 @@ def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, se
                     by_label[record["label"]].append(record)
             for record in (r for pair in zip(by_label["true"], by_label["false"], strict=False) for r in pair):
                 split_of[_contents(record)] = split
-                picture = _encoded(Image.fromarray(pixels[record["i"]]))
+                picture = _encoded(two_by_two(Image.fromarray(pixels[record["i"]])))
                 rows.append(
                     _entailment(str(record["i"]), record, record["sentence"], record["label"] == "true", picture)
                 )
         found[split] = rows[: count // 2 * 2]
-    for split, sparse, make in (("pretrain", False, statements_about), ("pretrain-first", True, simple_statements)):
+
+    def new(record: Mapping[str, Any]) -> bool:
+        return _contents(record) not in split_of
+
+    for split, sparse, make in (
+        ("pretrain", False, partial(statements_about, alike=ALIKE, usable=new)),
+        ("pretrain-first", True, simple_statements),
+    ):
         rng = random.Random(f"{split}/{seed}")
-        drawn = [r for r in invented(max(60, statements // 2), rng, sparse=sparse) if _contents(r) not in split_of]
-        pictures = {id(record): _encoded(drawing(record)) for record in drawn}
+        drawn = [r for r in invented(max(60, statements // 2), rng, sparse=sparse) if new(r)]
         found[split] = [
-            _entailment(f"{split}-{n}", record, text, truth, pictures[id(record)])
+            _entailment(f"{split}-{n}", record, text, truth, _encoded(two_by_two(drawing(record))))
             for n, (record, text, truth) in enumerate(make(drawn, statements, groups, rng))
         ]
     return {split: [(str(n), *row) for n, row in enumerate(rows)] for split, rows in found.items()}
+
+
+def two_by_two(picture: Image.Image) -> Image.Image:
+    """Its three boxes in a square, so that little is lost when it is made square: no sentence speaks of their order."""
+    side, step = round(BOX_SIDE * SCALE), round(BOX_STEP * SCALE)
+    found = Image.new("RGB", (2 * side + GAP, 2 * side + GAP), BETWEEN)
+    for n in range(3):
+        box = picture.crop((n * step, 0, n * step + side, side))
+        found.paste(box, (n % 2 * (side + GAP), n // 2 * (side + GAP)))
+    return found
 
 
 def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, seed: int = 0) -> list[Path]:

@@ -2,7 +2,9 @@
 
 NLVR (Suhr et al., ACL 2017) shows three grey boxes: with a tower of squares each, or with scattered things. A tiny model that
 has never seen anything needs more of them, and simpler ones, than the data set has; what is made here shares no drawing and
-no sentence with what people wrote.
+no sentence with what people wrote. Of NLVR's drawings that a sentence is false of, many hold the same things as one that it is
+true of, in other places: who only looks for colours and shapes is right about half of the time. So some of the drawings here
+are rearranged ones, too.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from build_grounding_data import BOX_STEP, COLOURS, SCALE, SIDES, SIZES, Thing, things
@@ -17,6 +20,7 @@ from PIL import Image, ImageDraw
 
 BOX_SIDE = 100  # units
 BLOCK = 20  # units; blocks of a tower stand one unit apart
+HIGHEST, MOST = 4, 7  # blocks of a tower; things in another box
 ENDS = {"top": -1, "base": 0}
 TRIES = 8  # drawings among which a statement is true of one and false of another
 WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -41,7 +45,7 @@ def invented(count: int, rng: random.Random, *, sparse: bool = False) -> list[di
     for _ in range(count):
         inks = rng.sample(list(INKS), rng.choice((1, 2, 2))) if sparse else list(INKS)
         shapes = rng.sample(SHAPES, rng.choice((1, 2, 2))) if sparse else list(SHAPES)
-        most = rng.choice((2, 4, 7)) if sparse else 7
+        most = rng.choice((2, 4, MOST)) if sparse else MOST
         towers = rng.random() < 0.5
         boxes = [_tower(inks, rng) if towers else _scattered(inks, shapes, rng.randint(1, most), rng) for _ in SIDES]
         found.append({"rep": boxes, "perm": 0})
@@ -67,7 +71,7 @@ def drawing(record: Mapping[str, Any]) -> Image.Image:
 def _tower(inks: Sequence[str], rng: random.Random) -> list[dict[str, Any]]:
     return [
         {"type": "square", "size": BLOCK, "x_loc": 40, "y_loc": 80 - (BLOCK + 1) * n, "color": rng.choice(inks)}
-        for n in range(rng.randint(1, 4))
+        for n in range(rng.randint(1, HIGHEST))
     ]
 
 
@@ -78,15 +82,60 @@ def _scattered(inks: Sequence[str], shapes: Sequence[str], count: int, rng: rand
         if len(found) == count:
             break
         size = rng.choice(tuple(SIZES))
-        x, y = (rng.randint(1, BOX_SIDE - 1 - size) for _ in range(2))
-        if rng.random() < 0.35:
-            x, y = rng.choice(((rng.choice((0, BOX_SIDE - size)), y), (x, rng.choice((0, BOX_SIDE - size)))))
-        apart = (
-            x + size < o["x_loc"] or o["x_loc"] + o["size"] < x or y + size < o["y_loc"] or o["y_loc"] + o["size"] < y
-            for o in found
-        )
-        if all(apart):
+        if place := _free_place(size, found, rng):
+            x, y = place
             found.append({"type": rng.choice(shapes), "size": size, "x_loc": x, "y_loc": y, "color": rng.choice(inks)})
+    return found
+
+
+def _free_place(size: int, others: Sequence[Mapping[str, Any]], rng: random.Random) -> tuple[int, int] | None:
+    """A place at random, if a thing of this size would overlap none there."""
+    x, y = (rng.randint(1, BOX_SIDE - 1 - size) for _ in range(2))
+    if rng.random() < 0.35:
+        x, y = rng.choice(((rng.choice((0, BOX_SIDE - size)), y), (x, rng.choice((0, BOX_SIDE - size)))))
+    apart = (
+        x + size < o["x_loc"] or o["x_loc"] + o["size"] < x or y + size < o["y_loc"] or o["y_loc"] + o["size"] < y
+        for o in others
+    )
+    return (x, y) if all(apart) else None
+
+
+def rearranged(record: Mapping[str, Any], rng: random.Random) -> dict[str, Any] | None:
+    """The same things, dealt anew to the boxes and placed anew; ``None`` if they found no room.
+
+    Half of the time the boxes hold as many as before, in another order.
+    """
+    boxes = record["rep"]
+    everything = [thing for box in boxes for thing in box]
+    rng.shuffle(everything)
+    counts = [len(box) for box in boxes]
+    if rng.random() < 0.5:
+        rng.shuffle(counts)
+    else:
+        most = HIGHEST if are_towers(contents(record)) else MOST
+        counts = [1] * len(boxes)
+        while sum(counts) < len(everything):
+            n = rng.randrange(len(boxes))
+            counts[n] += counts[n] < most
+    ends = list(accumulate(counts))
+    dealt = [everything[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    place = _stacked if are_towers(contents(record)) else _placed
+    placed = [place(box, rng) for box in dealt]
+    return None if None in placed else {"rep": placed, "perm": 0}
+
+
+def _stacked(blocks: Sequence[Mapping[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+    return [{**block, "y_loc": 80 - (BLOCK + 1) * n} for n, block in enumerate(blocks)]
+
+
+def _placed(all_things: Sequence[Mapping[str, Any]], rng: random.Random) -> list[dict[str, Any]] | None:
+    found: list[dict[str, Any]] = []
+    for thing in sorted(all_things, key=lambda t: -int(t["size"])):
+        places = (_free_place(thing["size"], found, rng) for _ in range(40))
+        place = next((p for p in places if p), None)
+        if place is None:
+            return None
+        found.append({**thing, "x_loc": place[0], "y_loc": place[1]})
     return found
 
 
@@ -103,23 +152,25 @@ def are_towers(boxes: Contents) -> bool:
     )
 
 
-def touches(thing: Thing) -> bool:
-    """Whether a thing touches the edge of its box."""
+def touches(thing: Thing, where: str = "edge") -> bool:
+    """Whether a thing touches an edge of its box; its top or bottom edge; two edges at once, which is a corner."""
     x0, y0, x1, y1 = (c / SCALE for c in thing.box)
     left = SIDES.index(thing.side) * BOX_STEP
-    return x0 <= left or x1 >= left + BOX_SIDE or y0 <= 0 or y1 >= BOX_SIDE
+    beside = x0 <= left or x1 >= left + BOX_SIDE
+    top, bottom = y0 <= 0, y1 >= BOX_SIDE
+    found = {"top": top, "bottom": bottom, "base": bottom, "corner": beside and (top or bottom)}
+    return found.get(where, beside or top or bottom)
 
 
 def premise(record: Mapping[str, Any]) -> str:
-    """What is in each box, in words; a tower from its base to its top."""
+    """What is in each box, from left to right, in words; a tower from its base to its top."""
     boxes, parts = contents(record), []
-    for side, box in zip(SIDES, boxes, strict=True):
+    for box in boxes:
         if are_towers(boxes):
-            inside = "tower " + " ".join(t.colour for t in box)
+            parts.append("tower " + " ".join(t.colour for t in box))
         else:
-            counts = Counter((t.colour, t.shape, " touching" * touches(t)) for t in box)
-            inside = " and ".join(f"{WORDS[n]} {c} {s}{edge}" for (c, s, edge), n in sorted(counts.items()))
-        parts.append(f"{side} box {inside}")
+            counts = Counter((t.colour, t.shape, " edge" * touches(t)) for t in box)
+            parts.append(" ".join(f"{n} {c} {s}{edge}" for (c, s, edge), n in sorted(counts.items())))
     return " . ".join(parts)
 
 
@@ -128,18 +179,23 @@ def statements_about(
     count: int,
     taken: Container[str],
     rng: random.Random,
+    *,
+    alike: float = 0.0,
+    usable: Callable[[Mapping[str, Any]], bool] = lambda record: True,
 ) -> list[tuple[Mapping[str, Any], str, bool]]:
     """Sentences that are not ``taken``, each with a drawing that it is true of and one that it is not, as NLVR has them.
 
     Sentences that are true or false of nearly all drawings are left out, so that words alone give nothing away.
 
+    Args:
+        alike: share of the sentences whose second drawing is the first one, rearranged.
+        usable: whether a rearranged drawing may be shown.
+
     Raises:
         ValueError: if there are too few drawings.
     """
     towers = [are_towers(contents(r)) for r in records]
-    kinds = [
-        [(r, contents(r)) for r, t in zip(records, towers, strict=True) if t == wanted] for wanted in (True, False)
-    ]
+    kinds = [[r for r, t in zip(records, towers, strict=True) if t == wanted] for wanted in (True, False)]
     if min(map(len, kinds)) < TRIES:
         raise ValueError(f"{len(records)} drawings are left for statements, and those are too few: ask for fewer rows")
     found: list[tuple[Mapping[str, Any], str, bool]] = []
@@ -147,10 +203,15 @@ def statements_about(
         is_tower = rng.random() < len(kinds[0]) / len(records)
         makers: Sequence[Maker] = (_about_towers, _about_blocks) if is_tower else (_about_things, _about_boxes)
         make = rng.choice(makers)
+        drawn = rng.sample(kinds[0 if is_tower else 1], TRIES)
+        if rng.random() < alike:
+            drawn[1:] = [r for _ in drawn[1:] if (r := rearranged(drawn[0], rng)) is not None and usable(r)]
         number, text, by_truth = rng.getrandbits(32), "", dict[bool, Mapping[str, Any]]()
-        for record, boxes in rng.sample(kinds[0 if is_tower else 1], TRIES):
-            text, truth = make(boxes, random.Random(number))  # the same words for all of them
+        for record in drawn:
+            text, truth = make(contents(record), random.Random(number))  # the same words for all of them
             by_truth.setdefault(truth, record)
+            if len(by_truth) == 2:
+                break
         if len(by_truth) == 2 and text not in taken:
             found += [(record, text, truth) for truth, record in sorted(by_truth.items(), key=lambda item: item[0])]
     return found[:count]
@@ -188,6 +249,8 @@ def _about_towers(boxes: Contents, rng: random.Random) -> Claim:
     above = rng.random() < 0.5
     pairs = (colour, other) if above else (other, colour)
     block = rng.choice(("block", "block", "item"))
+    both = colour if colour == other else f"{colour} and {other}"
+    all_three = rng.choice(("all three colors", "3 different colors"))
     high: tuple[str, Callable[[list[str]], bool]] = (
         f" with {least}{_number(n, rng)} {_plural(block, n)}",
         lambda c: len(c) >= n if least == "at least " else len(c) == n,
@@ -212,6 +275,11 @@ def _about_towers(boxes: Contents, rng: random.Random) -> Claim:
                 lambda c: _enough(c.count(colour), n, least),
             ),
             (f" which has only {colour} {_plural(block, 2)}", lambda c: set(c) == {colour}),
+            (f" with only {both} {_plural(block, 2)}", lambda c: set(c) == {colour, other}),
+            (
+                f" with {_plural(block, 2)} of {all_three}",
+                lambda c: len(set(c)) == 3,
+            ),
         )
     )
     count = sum(fits([t.colour for t in box]) for box in boxes if box)
@@ -219,10 +287,21 @@ def _about_towers(boxes: Contents, rng: random.Random) -> Claim:
 
 
 def _about_blocks(boxes: Contents, rng: random.Random) -> Claim:
-    colour, end = _colour(rng), rng.choice(tuple(ENDS))
-    if rng.random() < 0.5:
-        count = sum(box[ENDS[end]].colour == colour for box in boxes if box)
-        return _counted(count, f"{colour} block", f" {rng.choice(('as', 'at'))} the {end} of a tower", rng)
+    colour, other, end = _colour(rng), _colour(rng), rng.choice(tuple(ENDS))
+    n, least, kind = rng.randint(1, HIGHEST), rng.choice(("exactly ", "at least ", "")), rng.random()
+    if kind < 0.5:
+        of_so_many = rng.random() < 0.5
+        count = sum(
+            box[ENDS[end]].colour == colour and (not of_so_many or _enough(len(box), n, least)) for box in boxes if box
+        )
+        high = f" with {least}{_number(n, rng)} {_plural('block', n)}" if of_so_many else ""
+        return _counted(count, f"{colour} block", f" {rng.choice(('as', 'at'))} the {end} of a tower{high}", rng)
+    if kind < 0.7:
+        above = rng.random() < 0.5
+        word = rng.choice(("on", "over", "above", "on top of") if above else ("below", "under"))
+        pair = (other, colour) if above else (colour, other)  # the lower one first
+        count = sum(pair in pairwise(c) for c in ([t.colour for t in box] for box in boxes))
+        return f"there is {rng.choice(('a', 'at least one'))} {colour} block {word} a {other} block", count >= 1
     count = sum(t.colour == colour for box in boxes for t in box)
     return _counted(count, f"{colour} {rng.choice(('block', 'square', 'item'))}", "", rng)
 
@@ -230,15 +309,18 @@ def _about_blocks(boxes: Contents, rng: random.Random) -> Claim:
 def _about_things(boxes: Contents, rng: random.Random) -> Claim:
     noun, fits = _kind(rng)
     edge = rng.choice((None, None, True, True, False))
-    place = rng.choice(("edge", "wall", "side"))
-    tail = {None: "", True: f" touching the {place}", False: f" not touching the {place}"}[edge]
-    return _counted(sum(fits(t) and edge in (None, touches(t)) for box in boxes for t in box), noun, tail, rng)
+    place = rng.choice(("edge", "edge", "wall", "side", "bottom", "base", "top", "corner"))
+    close, article = rng.choice(("", "", "closely ")), rng.choice(("the", "the", "a"))
+    touching = f" {close}touching {article} {place}{rng.choice(('', ' of a box'))}"
+    tail = {None: "", True: touching, False: f" not{touching}"}[edge]
+    return _counted(sum(fits(t) and edge in (None, touches(t, place)) for box in boxes for t in box), noun, tail, rng)
 
 
 def _about_boxes(boxes: Contents, rng: random.Random) -> Claim:
     (noun, fits), (second, fits_too), n = _kind(rng), _kind(rng), rng.randint(1, 7)
     least = rng.choice(("exactly ", "at least ", ""))
-    few = rng.randint(1, 3)
+    few, colour, other = rng.randint(1, 3), _colour(rng), _colour(rng)
+    be, both = "is" if few == 1 else "are", colour if colour == other else f"{colour} and {other}"
     tail, holds = rng.choice(
         (
             (f" with {least}{_number(n, rng)} {_plural('item', n)}", lambda box: _enough(len(box), n, least)),
@@ -248,6 +330,11 @@ def _about_boxes(boxes: Contents, rng: random.Random) -> Claim:
             ),
             (f" with a {noun} and a {second}", lambda box: any(map(fits, box)) and any(map(fits_too, box))),
             (f" with only {_plural(noun, 2)}", lambda box: all(map(fits, box))),
+            (
+                f" with {_number(n, rng)} {_plural('item', n)} of which {_number(few, rng)} {be} {colour}",
+                lambda box: len(box) == n and sum(t.colour == colour for t in box) == few,
+            ),
+            (f" with only {both} items", lambda box: {t.colour for t in box} == {colour, other}),
         )
     )
     count = sum(holds(box) for box in boxes if box)

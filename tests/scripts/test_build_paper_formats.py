@@ -47,6 +47,11 @@ def script() -> Any:
 
 
 @pytest.fixture(scope="module")
+def statements(script: Any) -> Any:
+    return sys.modules["nlvr_statements"]
+
+
+@pytest.fixture(scope="module")
 def built(script: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
     script.build(DATA, folder, train=24, test=30)
@@ -60,7 +65,7 @@ def test_the_papers_tasks_read_them(built: Path) -> None:
         for split in splits:
             for example in task.split(split):
                 assert example.target
-                assert open_image(example.image or "").size in ((125, 100), (64, 64), (200, 50))
+                assert open_image(example.image or "").size in ((125, 100), (64, 64), (104, 104))
         assert load_task(name, data=built / "pretrain").split("train")
     assert load_task("vqa", data=built / "target").choices == load_task("vqa", data=built / "pretrain").choices
 
@@ -120,7 +125,7 @@ def test_no_two_files_have_the_same_things_in_three_boxes(built: Path) -> None:
     seen: dict[tuple[str, ...], Path] = {}
     for path in built.glob("target/snli_ve_data/*.tsv"):
         for premise in {row[4] for row in rows_of(path)}:
-            boxes = tuple(sorted(part.split(" box ")[1] for part in premise.split(" . ")))
+            boxes = tuple(sorted(premise.split(" . ")))
             if "tower" in premise:  # a tower's words are all there is to it; scattered things also have places
                 assert seen.setdefault(boxes, path) == path, premise
 
@@ -129,7 +134,8 @@ COLOURS = {"yellow": "Yellow", "blue": "#0099ff", "black": "Black"}
 NUMBERS = {"a": 1, "one": 1, "two": 2, "three": 3}
 SIMPLE = re.compile(
     r"there (?:is|are) (?P<how>exactly |at least |)(?P<n>a|one|two|three|\d) (?P<colour>yellow|blue|black) "
-    r"(?P<shape>block|square|circle|triangle|item|object)s?(?: (?P<edge>not touching|touching) the \w+)?"
+    r"(?P<shape>block|square|circle|triangle|item|object)s?"
+    r"(?: (?P<edge>not |)(?:closely |)touching (?:the|a) (?P<place>\w+)(?: of a box)?)?"
 )
 ENDED = re.compile(
     r"there (?:is|are) (?P<how>exactly |at least |)(?P<n>a|one|two|three|\d) (?:tower|box)(?:e?s)? "
@@ -137,16 +143,28 @@ ENDED = re.compile(
 )
 
 
+def touching(x0: int, y0: int, x1: int, y1: int, place: str) -> bool:
+    """Whether something touches the edges of a box of side 100 that a word stands for."""
+    if place in ("bottom", "base"):
+        return y1 >= 100
+    if place == "top":
+        return y0 <= 0
+    if place == "corner":
+        return (x0 <= 0 or x1 >= 100) and (y0 <= 0 or y1 >= 100)
+    assert place in ("edge", "wall", "side")
+    return min(x0, y0) <= 0 or max(x1, y1) >= 100
+
+
 def claimed(text: str, boxes: Any) -> bool | None:
     """What the plainest statements say, counted in NLVR's own record; ``None`` for others."""
     if found := SIMPLE.fullmatch(text):
-        shape, edge = found["shape"], found["edge"]
+        shape, edge, place = found["shape"], found["edge"], found["place"]
         things = [o for box in boxes for o in box if o["color"] == COLOURS[found["colour"]]]
         if shape in ("square", "circle", "triangle"):
             things = [o for o in things if o["type"] == shape]
-        if edge:
+        if place:
             ends = [(o["x_loc"], o["y_loc"], o["x_loc"] + o["size"], o["y_loc"] + o["size"]) for o in things]
-            things = [e for e in ends if (min(e) <= 0 or max(e) >= 100) == (edge == "touching")]
+            things = [e for e in ends if touching(*e, place) == (not edge)]
         count = len(things)
     elif found := ENDED.fullmatch(text):
         end = max if found["end"] == "base" else min
@@ -174,8 +192,49 @@ def test_statements_are_what_they_claim(script: Any) -> None:
     assert "there is a black block" not in truths
     assert all(sum(given) == len(given) / 2 for given in truths.values()), f"seed {seed}: words give the truth away"
     assert len(checked) > 300
-    for words in (" touching ", " not touching ", " at the top", " at the base", "exactly", "at least"):
+    for words in (
+        " touching the edge",
+        " not touching ",
+        " a corner",
+        " the bottom",
+        " at the base",
+        "exactly",
+        "at least",
+    ):
         assert any(words in text for text in checked)
+
+
+def test_rearranged_drawings_hold_the_same_things(statements: Any) -> None:
+    """Each thing once, inside its box and clear of the others; blocks stand on each other as those of NLVR do."""
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    for record in statements.invented(200, rng):
+        other = statements.rearranged(record, rng)
+        if other is None:
+            continue
+        kinds = [sorted((o["type"], o["size"], o["color"]) for box in r["rep"] for o in box) for r in (record, other)]
+        assert kinds[0] == kinds[1], f"seed {seed}"
+        towers = statements.are_towers(statements.contents(record))
+        for box in other["rep"]:
+            if towers:
+                assert sorted(o["y_loc"] for o in box) == [80 - 21 * n for n in range(len(box))][::-1], f"seed {seed}"
+                assert {o["x_loc"] for o in box} <= {40}
+            for n, o in enumerate(box):
+                assert 0 <= o["x_loc"] <= 100 - o["size"], f"seed {seed}"
+                assert 0 <= o["y_loc"] <= 100 - o["size"], f"seed {seed}"
+                for p in box[:n]:
+                    beside = o["x_loc"] + o["size"] < p["x_loc"] or p["x_loc"] + p["size"] < o["x_loc"]
+                    above = o["y_loc"] + o["size"] < p["y_loc"] or p["y_loc"] + p["size"] < o["y_loc"]
+                    assert beside or above, f"seed {seed}"
+
+
+def test_alike_statements_are_about_the_same_things(statements: Any) -> None:
+    rng = random.Random(3)
+    found = statements.statements_about(statements.invented(100, rng), 60, (), rng, alike=1.0)
+    for (record, text, truth), (other, same, false) in zip(found[::2], found[1::2], strict=True):
+        assert (text, truth) == (same, not false)
+        kinds = [sorted((o["type"], o["size"], o["color"]) for box in r["rep"] for o in box) for r in (record, other)]
+        assert kinds[0] == kinds[1]
 
 
 def test_premises_name_the_contents(script: Any) -> None:
@@ -186,10 +245,10 @@ def test_premises_name_the_contents(script: Any) -> None:
         [{**square, "y_loc": 80, "color": "Yellow"}],
     ]
     said = script.premise({"rep": tower, "perm": 1})  # this order has the third box in the middle
-    assert said == "left box tower yellow black . middle box tower yellow . right box tower blue"
+    assert said == "tower yellow black . tower yellow . tower blue"
     lying = [[{"type": "circle", "size": 10, "x_loc": 30, "y_loc": y, "color": "Black"} for y in (0, 40, 60)], [], []]
     said = script.premise({"rep": lying, "perm": 0})
-    assert said.startswith("left box two black circle and one black circle touching . middle box")
+    assert said == "2 black circle 1 black circle edge .  . "
 
 
 def test_the_same_seed_writes_the_same_files(script: Any, built: Path, tmp_path: Path) -> None:
