@@ -1,12 +1,11 @@
-"""From files in OFA's layout to figures, with a tiny OFA on the CPU: does the loss fall, and does the metric beat chance?
+"""From files in OFA's layout to figures, with a small OFA on the CPU: does the loss fall, and does the metric beat chance?
 
     python scripts/build_paper_formats.py ../shared/data /tmp/formats
     python benchmarks/paper_formats.py --data /tmp/formats --work /tmp/formats-run
 
-A model of 1.6 million parameters is trained from nothing on the rows in ``pretrain-first/`` and ``pretrain/`` (all of its
-parameters; kept in the work folder), so that it can see; it is then frozen. Everything after that goes through the command
-line: an expert for each task on the rows in ``target/``, and the evaluation of the bare model and of the expert on rows that
-neither has seen.
+For each kind of picture `ofa-nano`, which knows emoji scenes alone, is trained on (all of its parameters; kept in the work
+folder) with the rows in ``pretrain*/``, and is then frozen. Everything after that goes through the command line: an expert
+for each task on the rows in ``target/``, and the evaluation of the bare model and of the expert on rows that neither has seen.
 
 *Chance* is the most frequent answer, one half, or the better of the best training box and the mean box of each expression.
 *Blind* is the best that the text alone gives away: the usual answer to each question, the usual box of each expression.
@@ -30,85 +29,57 @@ from typing import Any
 
 import torch
 
-from pituning.backbones.ofa import OFABackbone, OFAConfig, OFAForConditionalGeneration, OFAProcessor
+from pituning.backbones import load_backbone
 from pituning.example import Box, Example
-from pituning.experiments.pretraining import bpe_vocabulary, positions_like_contents
 from pituning.metrics.boxes import intersection_over_union
 from pituning.tasks import Task, load_task
 
 TASKS = ("refcoco", "vqa", "snli_ve", "snli_ve-premise")
-SIDE, BINS, PIECES = 64, 40, 600
-PEAK = 4e-4  # learning rate; at 1e-3 a model this narrow learns the pictures more slowly
-SIZES: dict[str, Any] = {
-    "d_model": 128, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "resnet_layers": [1, 1, 1], "resnet_stem_width": 32,
-    "resnet_widths": [16, 32, 64], "max_source_positions": 256, "max_target_positions": 256, "token_bucket_size": 128,
-    "image_bucket_size": 12, "code_image_size": 32, "dropout": 0.0, "init_std": 0.06,
-    "entangle_position_embedding": True,  # positions in the contents too, not in the attention scores alone
-}  # fmt: skip
-FIRST = {
-    "snli_ve": 36,
-    "snli_ve-premise": 12,
-}  # examples of a step, from pretrain-first/: the first steps hold no others
-FIRST_STEPS = 900
-LATER = {"snli_ve": 10, "snli_ve-premise": 4}  # the same, in all other steps
-SHARES = {"refcoco": 16, "vqa": 8, "snli_ve": 30, "snli_ve-premise": 10}  # from pretrain/
+PEAK = 6e-4  # learning rate
+Phase = tuple[int, dict[str, int]]
+"""Steps, and how many examples of each a step has, as FOLDER/TASK."""
+PHASES: dict[str, tuple[Phase, ...]] = {
+    "refcoco": ((900, {"pretrain/refcoco": 48}),),
+    "vqa": ((900, {"pretrain/vqa": 48}),),
+    # simple statements first: of longer ones alone, a model that cannot see these things yet learns nothing in this time
+    "snli_ve": (
+        (350, {"pretrain-first/snli_ve": 64}),
+        (1650, {"pretrain-first/snli_ve": 12, "pretrain-then/snli_ve": 52}),
+        (1200, {"pretrain-first/snli_ve": 4, "pretrain-then/snli_ve": 30, "pretrain/snli_ve": 30}),
+        (400, {"pretrain-then/snli_ve": 28, "pretrain/snli_ve": 30, "pretrain/snli_ve-premise": 6}),
+    ),
+}
+"""For each kind of picture, how a model learns to see it."""
+KINDS = {"snli_ve-premise": "snli_ve"}
+"""The kind of picture of a task, if another task gives the name."""
 TESTS = {"refcoco": ("testA", "testB"), "vqa": ("test",), "snli_ve": ("test",), "snli_ve-premise": ("test",)}
 SETTINGS = ["--method", "bottleneck", "--learning-rate", "1e-3"]
 EPOCHS = {"refcoco": 3, "vqa": 3, "snli_ve": 6, "snli_ve-premise": 6}
 
 
-def build_model(texts: Sequence[str]) -> tuple[OFAForConditionalGeneration, OFAProcessor]:
-    """A tiny OFA whose BPE pieces come from the texts."""
-    symbols, merges = bpe_vocabulary(texts, PIECES, BINS)
-    processor = OFAProcessor.from_symbols(symbols, merges, image_size=SIDE, max_image_size=SIDE)
-    torch.manual_seed(0)
-    return OFAForConditionalGeneration(OFAConfig(vocab_size=len(symbols), **SIZES)), processor
-
-
-def pretrain(data: Path, folder: Path, steps: int, names: Sequence[str]) -> None:
-    """Train all parameters on the pretraining rows of every task, and write a folder that ``load_backbone`` reads.
-
-    It begins with sentences that say no more than that there is a thing of some kind: of longer ones alone, a model that
-    cannot see yet learns nothing in this time.
-    """
-    first = {name: load_task(name, data=data / "pretrain-first") for name in FIRST if name in names}
-    tasks = {name: load_task(name, data=data / "pretrain") for name in names}
-    model, processor = build_model(
-        [t for task in tasks.values() for e in task.split("train") for t in (e.prompt, f" {e.target}")]
-    )
-    backbone = OFABackbone("tiny", model, processor)
-    model.requires_grad_(True)
+def pretrain(data: Path, folder: Path, phases: Sequence[Phase]) -> None:
+    """Train all parameters of `ofa-nano` on, phase after phase, and write a folder that ``load_backbone`` reads."""
+    backbone = load_backbone("ofa-nano")
+    model = backbone.model.requires_grad_(True)
     weights = [p for p in model.parameters() if p.requires_grad]
+    steps = sum(count for count, _ in phases)
     optimizer = torch.optim.AdamW(weights, lr=PEAK, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK, total_steps=steps, pct_start=0.05, cycle_momentum=False
     )
-    print(
-        f"{sum(p.numel() for p in weights) / 1e6:.2f}M parameters, {len(processor.tokenizer.bpe.get_vocab())} symbols",
-        flush=True,
-    )
-    simple = {f"{name}, first": _shuffled(task) for name, task in first.items()}
-    full = {name: _shuffled(task) for name, task in tasks.items()}
-    begin = _shares({f"{name}, first": FIRST[name] for name in first})
-    later = _shares({**{f"{name}, first": LATER[name] for name in first}, **{name: SHARES[name] for name in names}})
+    names = {name for _, shares in phases for name in shares}
+    streams = {n: _shuffled(load_task(n.partition("/")[2], data=data / n.partition("/")[0])) for n in sorted(names)}
     seen: dict[str, list[float]] = defaultdict(list)
     start = time.perf_counter()
-    stem = model.get_encoder().embed_images
-    with torch.no_grad():
-        # statistics over all kinds of pictures: later batches hold one kind each, and must not move them
-        for _ in range(40):
-            examples = [next(stream) for stream in full.values() for _ in range(32 // len(full))]
-            stem.train()(backbone.collate(examples)["patch_images"])
-        positions_like_contents(model, backbone.collate(examples)["patch_images"])
-    for step in range(1, steps + 1):
+    plan = [shares for count, shares in phases for _ in range(count)]
+    for step, shares in enumerate(plan, start=1):
         model.train()
-        stem.eval()
+        model.get_encoder().embed_images.eval()  # its statistics stay those of emoji scenes
         optimizer.zero_grad()
-        shares = begin if begin and step <= FIRST_STEPS else later
         for name, share in shares.items():  # one task at a time: texts of similar length need less padding
-            examples = [next((simple | full)[name]) for _ in range(share)]
-            losses = backbone.loss(backbone.collate(examples))
+            examples = [next(streams[name]) for _ in range(share)]
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = backbone.loss(backbone.collate(examples))
             (losses.sum() / sum(shares.values())).backward()
             seen[name] += losses.tolist()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -119,14 +90,8 @@ def pretrain(data: Path, folder: Path, steps: int, names: Sequence[str]) -> None
             print(f"step {step}/{steps}  {time.perf_counter() - start:.0f} s  {shown}", flush=True)
             seen.clear()
     model.eval().save_pretrained(folder.with_suffix(".partial"))
-    processor.save_pretrained(folder.with_suffix(".partial"))
+    backbone.processor.save_pretrained(folder.with_suffix(".partial"))
     folder.with_suffix(".partial").rename(folder)
-
-
-def _shares(shares: dict[str, int]) -> dict[str, int]:
-    """Examples of a step by stream, at least 48 in all."""
-    factor = max(1.0, 48 / max(1, sum(shares.values())))
-    return {name: round(factor * share) for name, share in shares.items()}
 
 
 def _shuffled(task: Task) -> Iterator[Example]:
@@ -207,8 +172,9 @@ def interval(value: float, count: int) -> float:
 
 def measure(data: Path, work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
-    where = ["--backbone", work / "tiny-ofa", "--pool", work / "experts", "--data", data]
     for name in names:
+        kind = KINDS.get(name, name)
+        where = ["--backbone", work / kind, "--pool", work / "experts" / kind, "--data", data]
         start = time.perf_counter()
         logs = work / "logs" / name
         trained = pituning("train", name, *where, *SETTINGS, "--epochs", EPOCHS[name], "--log-dir", logs)
@@ -243,14 +209,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what scripts/build_paper_formats.py has written")
     parser.add_argument("--work", type=Path, required=True, help="for the model, the experts and the logs")
-    parser.add_argument("--steps", type=int, default=5000, help="of pretraining (default 5000)")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what the model is trained for")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--threads", type=int, default=2, help="of every process (default 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    if not (arguments.work / "tiny-ofa").is_dir():
-        pretrain(arguments.data, arguments.work / "tiny-ofa", arguments.steps, arguments.tasks)
+    for kind in dict.fromkeys(KINDS.get(name, name) for name in arguments.tasks):
+        if not (arguments.work / kind).is_dir():
+            print(f"ofa-nano, trained on for {kind}", flush=True)
+            pretrain(arguments.data, arguments.work / kind, PHASES[kind])
     rows = measure(arguments.data / "target", arguments.work, arguments.tasks)
     (arguments.work / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     heads = "".join(f"{head:>7}" for head in ("chance", "blind", "bare", "expert"))

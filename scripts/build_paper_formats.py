@@ -7,9 +7,9 @@ Usage::
     pituning train refcoco --data /tmp/formats/target --backbone …
 
 It writes ``target/refcoco_data/refcoco_{train,val,testA,testB}.tsv``, ``target/vqa_data/…`` and ``target/snli_ve_data/…``, and
-``pretrain/`` with other training rows of the same kinds, so that a tiny model can learn to see before an expert is trained
-(``pretrain-first/`` has simpler ones for the start). No scene, drawing, picture or sentence is in two files, but those of the
-two that pretrain. The same seed writes the same files.
+``pretrain/`` with other training rows of the same kinds, so that a small model can learn to see before an expert is trained
+(``pretrain-first/`` and ``pretrain-then/`` have simpler ones for the start). No scene, drawing, picture or sentence is in two
+files, but those of the three that pretrain. The same seed writes the same files.
 
 - RefCOCO: scenes of CoDraw (Kim et al., ACL 2019; CC BY-NC 4.0; clip art of Abstract Scenes, Zitnick and Parikh, CVPR
   2013), the name of a thing that is there once, and its box. testA asks for people, testB for the rest, as RefCOCO's do.
@@ -17,7 +17,7 @@ two that pretrain. The same seed writes the same files.
 - SNLI-VE: drawings and human sentences of NLVR (Suhr et al., ACL 2017; CC BY 4.0), as many true as false; the premise says
   what is in the boxes, and the picture shows the three of them two by two. The pretraining rows hold statements that are
   made, about drawings that are made in NLVR's manner; those in ``pretrain-first/`` say no more than that there is a thing of
-  some kind.
+  some kind, and what is true and what is false of a statement in ``pretrain/`` holds the same things, as often in NLVR.
 
 The data stay outside the repository.
 """
@@ -59,7 +59,6 @@ NAMES = {
 }  # fmt: skip
 VISIBLE = 0.7  # share of a sprite that must be on the canvas to be asked for
 GAP = 4  # pixels between the boxes of a drawing
-ALIKE = 0.7  # share of the statements for pretraining whose two drawings hold the same things
 
 Row = Sequence[str]
 Box = tuple[float, float, float, float]
@@ -161,7 +160,7 @@ def vqa_rows(folder: Path, counts: Mapping[str, int], seed: int) -> dict[str, li
 
 
 def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, seed: int) -> dict[str, list[Row]]:
-    """Rows for each split, and ``pretrain`` and ``pretrain-first``: statements about invented drawings.
+    """Rows for each split, and ``pretrain``, ``pretrain-first`` and ``pretrain-then``: statements about invented drawings.
 
     A sentence has as many drawings that it is true of as others, so that its words alone give nothing away. The two orders of
     the boxes that NLVR has of a drawing are both in ``train``; ``dev`` and ``test`` have one. Drawings that differ in the order
@@ -198,8 +197,9 @@ def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, se
         return _contents(record) not in split_of
 
     for split, sparse, make in (
-        ("pretrain", False, partial(statements_about, alike=ALIKE, usable=new)),
         ("pretrain-first", True, simple_statements),
+        ("pretrain-then", False, statements_about),
+        ("pretrain", False, partial(statements_about, alike=1.0, usable=new)),
     ):
         rng = random.Random(f"{split}/{seed}")
         drawn = [r for r in invented(max(60, statements // 2), rng, sparse=sparse) if new(r)]
@@ -240,7 +240,7 @@ def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, se
         ),
         "vqa": vqa_rows(source / "easy_vqa", {"train": train, "val": small, "test": test, "pretrain": 6 * train}, seed),
         "snli_ve": entailment_rows(
-            source / "nlvr", {"train": train // 3, "dev": max(2, test // 5), "test": test}, 10 * train, seed
+            source / "nlvr", {"train": train // 3, "dev": max(2, test // 5), "test": test}, 20 * train, seed
         ),
     }
     for task, splits in tables.items():
@@ -259,7 +259,7 @@ def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, se
 def _entailment(number: str, record: Mapping[str, Any], sentence: str, truth: bool, picture: str) -> Row:
     """Everything but the first column."""
     label = "entailment" if truth else "contradiction"
-    return number, picture, " ".join(sentence.split()), premise(record), label
+    return number, picture, " ".join(sentence.rstrip(" .").split()), premise(record), label
 
 
 def _normal(sentence: str) -> str:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 from build_grounding_data import BOX_STEP, COLOURS, SCALE, SIDES, SIZES, Thing, things
@@ -105,21 +105,21 @@ def rearranged(record: Mapping[str, Any], rng: random.Random) -> dict[str, Any] 
 
     Half of the time the boxes hold as many as before, in another order.
     """
-    boxes = record["rep"]
+    boxes, towers = record["rep"], are_towers(contents(record))
     everything = [thing for box in boxes for thing in box]
     rng.shuffle(everything)
     counts = [len(box) for box in boxes]
     if rng.random() < 0.5:
         rng.shuffle(counts)
     else:
-        most = HIGHEST if are_towers(contents(record)) else MOST
+        most = HIGHEST if towers else MOST
         counts = [1] * len(boxes)
         while sum(counts) < len(everything):
             n = rng.randrange(len(boxes))
             counts[n] += counts[n] < most
     ends = list(accumulate(counts))
     dealt = [everything[end - count : end] for end, count in zip(ends, counts, strict=True)]
-    place = _stacked if are_towers(contents(record)) else _placed
+    place = _stacked if towers else _placed
     placed = [place(box, rng) for box in dealt]
     return None if None in placed else {"rep": placed, "perm": 0}
 
@@ -194,8 +194,8 @@ def statements_about(
     Raises:
         ValueError: if there are too few drawings.
     """
-    towers = [are_towers(contents(r)) for r in records]
-    kinds = [[r for r, t in zip(records, towers, strict=True) if t == wanted] for wanted in (True, False)]
+    known = [(record, contents(record)) for record in records]
+    kinds = [[k for k in known if are_towers(k[1]) == wanted] for wanted in (True, False)]
     if min(map(len, kinds)) < TRIES:
         raise ValueError(f"{len(records)} drawings are left for statements, and those are too few: ask for fewer rows")
     found: list[tuple[Mapping[str, Any], str, bool]] = []
@@ -203,12 +203,14 @@ def statements_about(
         is_tower = rng.random() < len(kinds[0]) / len(records)
         makers: Sequence[Maker] = (_about_towers, _about_blocks) if is_tower else (_about_things, _about_boxes)
         make = rng.choice(makers)
-        drawn = rng.sample(kinds[0 if is_tower else 1], TRIES)
+        drawn: Iterable[tuple[Mapping[str, Any], Contents]] = rng.sample(kinds[0 if is_tower else 1], TRIES)
         if rng.random() < alike:
-            drawn[1:] = [r for _ in drawn[1:] if (r := rearranged(drawn[0], rng)) is not None and usable(r)]
+            first, *rest = drawn
+            others = (rearranged(first[0], rng) for _ in rest)  # made as they are asked for
+            drawn = chain([first], ((r, contents(r)) for r in others if r is not None and usable(r)))
         number, text, by_truth = rng.getrandbits(32), "", dict[bool, Mapping[str, Any]]()
-        for record in drawn:
-            text, truth = make(contents(record), random.Random(number))  # the same words for all of them
+        for record, boxes in drawn:
+            text, truth = make(boxes, random.Random(number))  # the same words for all of them
             by_truth.setdefault(truth, record)
             if len(by_truth) == 2:
                 break

@@ -87,12 +87,18 @@ def test_boxes_lie_on_something(built: Path) -> None:
             assert (example.texts[0] in ("the boy", "the girl")) == (split == "testA")
 
 
+def place_of(path: Path, built: Path) -> Path:
+    """The file itself, or one name for all those that pretrain, which may hold the same."""
+    return path if path.parents[1].name == "target" else built / "pretrain"
+
+
 def test_nothing_is_in_two_files(built: Path) -> None:
     for task, column in (("refcoco", 4), ("refcoco", 1), ("vqa", 5), ("snli_ve", 2)):
         seen: dict[str, Path] = {}
         for path in built.glob(f"*/{task}_data/*.tsv"):
+            where = place_of(path, built)
             for cell in {row[column] for row in rows_of(path)}:
-                assert seen.setdefault(cell, path) == path, f"{task}: column {column} of {path} and {seen[cell]}"
+                assert seen.setdefault(cell, where) == where, f"{task}: column {column} of {path} and {seen[cell]}"
 
 
 def test_as_many_true_as_false_of_every_sentence(built: Path) -> None:
@@ -101,6 +107,7 @@ def test_as_many_true_as_false_of_every_sentence(built: Path) -> None:
         "target/{}/snli_ve_train",
         "target/{}/snli_ve_dev",
         "target/{}/snli_ve_test",
+        "pretrain-then/{}/snli_ve_train",
         "pretrain/{}/snli_ve_train",
     ):
         labels: dict[str, list[str]] = {}
@@ -114,9 +121,8 @@ def test_as_many_true_as_false_of_every_sentence(built: Path) -> None:
 def test_no_sentence_is_in_two_files(built: Path) -> None:
     seen: dict[str, Path] = {}
     for path in built.glob("*/snli_ve_data/*.tsv"):
-        kind = path.parents[1].name if path.parents[1].name == "target" else "pretrain"
+        where = place_of(path, built)
         for sentence in {normal(row[3]) for row in rows_of(path)}:
-            where = path if kind == "target" else built / kind  # the two that pretrain may say the same
             assert seen.setdefault(sentence, where) == where, sentence
 
 
