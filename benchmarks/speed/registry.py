@@ -160,6 +160,14 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         f"64 examples, one thread, a busy machine: {_BENCHMARKS}",
     ),
     Measurement(
+        "fisher-short",
+        "The same in batches of 32 × 12 tokens, about as many as the sentences of cola (11 on average) and the questions of "
+        "trec6 (14) have",
+        "diagonals:short",
+        _diagonal({"LoRA": ("",) * 4, "bottleneck": ("",) * 4}),
+        BOTH,
+    ),
+    Measurement(
         "fisher-small",
         "The same of 64 examples on four layers of width 128, batches of 32 × 16 tokens: here what a pass costs besides its "
         "arithmetic counts",
