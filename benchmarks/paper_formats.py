@@ -33,6 +33,7 @@ from pituning.backbones import load_backbone
 from pituning.example import Box, Example
 from pituning.metrics.boxes import intersection_over_union
 from pituning.tasks import Task, load_task
+from pituning.training.precision import precision
 
 TASKS = ("refcoco", "vqa", "snli_ve", "snli_ve-premise")
 PEAK = 6e-4  # learning rate
@@ -78,7 +79,7 @@ def pretrain(data: Path, folder: Path, phases: Sequence[Phase]) -> None:
         optimizer.zero_grad()
         for name, share in shares.items():  # one task at a time: texts of similar length need less padding
             examples = [next(streams[name]) for _ in range(share)]
-            with torch.autocast("cpu", torch.bfloat16):
+            with precision(backbone, "auto"):
                 losses = backbone.loss(backbone.collate(examples))
             (losses.sum() / sum(shares.values())).backward()
             seen[name] += losses.tolist()

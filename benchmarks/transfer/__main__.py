@@ -75,10 +75,7 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
 def _backbone(suite: Suite, options: argparse.Namespace) -> Backbone:
     if options.precision != ROUNDED:
         return load_backbone(suite.backbone, device=options.device)
-    backbone = load_backbone(suite.backbone, device=options.device, dtype=torch.bfloat16)
-    if backbone.device.type == "cpu":  # as in `precision`
-        backbone.model.set_attn_implementation("eager")
-    return backbone
+    return load_backbone(suite.backbone, device=options.device, dtype=torch.bfloat16)
 
 
 def _report(suite: Suite, options: argparse.Namespace) -> int:

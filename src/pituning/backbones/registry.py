@@ -32,7 +32,8 @@ def load_backbone(
             …), an encoder-decoder (T5, FLAN-T5, BART …), a decoder-only language model (Llama, Qwen, GPT-2 …) or an OFA
             that ``pituning convert`` has written.
         device: where the model lives, unless ``device_map`` says so.
-        dtype: dtype of the weights; float32 unless told otherwise.
+        dtype: dtype of the weights; float32 unless told otherwise. In half precision on a CPU attention is computed step by
+            step (``"eager"``): the fused one's backward pass takes longer there than the rest of a training step.
         device_map: how transformers spreads the modules over devices, ``"auto"`` or by name.
         options: passed to the family's constructor (``max_length``, …).
 
@@ -57,7 +58,7 @@ def load_backbone(
             raise RefusedError(
                 f"backbone {name!r} is an OFA, which lives on one device; give device= and no device_map"
             )
-        return _load_ofa(name, source, device, dtype, **options)
+        return _suited(_load_ofa(name, source, device, dtype, **options), dtype)
     family = _family(config, name)
     placed: dict[str, Any] = {"dtype": dtype} if device_map is None else {"dtype": dtype, "device_map": device_map}
     try:
@@ -78,7 +79,13 @@ def load_backbone(
         )
     if device_map is not None:
         device = next(model.parameters()).device
-    return _type_of(family)(name, model, tokenizer, device=device, **options)
+    return _suited(_type_of(family)(name, model, tokenizer, device=device, **options), dtype)
+
+
+def _suited(backbone: Backbone, dtype: torch.dtype) -> Backbone:
+    if backbone.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        backbone.model.set_attn_implementation("eager")
+    return backbone
 
 
 def _type_of(family: str) -> type[Backbone]:
