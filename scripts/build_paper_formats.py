@@ -33,7 +33,7 @@ import pickle
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,18 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from build_grounding_data import BOX_STEP, REPOSITORY, SCALE
-from nlvr_statements import BETWEEN, BOX_SIDE, drawing, invented, premise, simple_statements, statements_about
+from nlvr_statements import (
+    BETWEEN,
+    BOX_SIDE,
+    are_towers,
+    contents,
+    drawing,
+    invented,
+    premise,
+    questions_about,
+    simple_statements,
+    statements_about,
+)
 
 SCENE = (125, 100)  # pixels of a stored scene, a quarter of CoDraw's canvas
 SCALES = (1.0, 0.7, 0.49)  # of a sprite, by its depth
@@ -164,10 +175,9 @@ def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, se
 
     A sentence has as many drawings that it is true of as others, so that its words alone give nothing away. The two orders of
     the boxes that NLVR has of a drawing are both in ``train``; ``dev`` and ``test`` have one. Drawings that differ in the order
-    of their boxes only are in one split, and no statement is a sentence of a person's. The pictures show the boxes two by two.
+    of their boxes only are in one split, and none of them is among the invented ones. The pictures show the boxes two by two.
     """
-    with gzip.open(folder / "examples.json.gz", "rt", encoding="utf-8") as file:
-        records = json.load(file)
+    records = _records(folder)
     pixels = np.load(folder / "data.npz")["images"]
     groups = defaultdict(list)
     for record in records:
@@ -193,9 +203,7 @@ def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, se
                 )
         found[split] = rows[: count // 2 * 2]
 
-    def new(record: Mapping[str, Any]) -> bool:
-        return _contents(record) not in split_of
-
+    new = _unlike(records)
     for split, sparse, make in (
         ("pretrain-first", True, simple_statements),
         ("pretrain-then", False, statements_about),
@@ -205,9 +213,25 @@ def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, se
         drawn = [r for r in invented(max(60, statements // 2), rng, sparse=sparse) if new(r)]
         found[split] = [
             _entailment(f"{split}-{n}", record, text, truth, _encoded(two_by_two(drawing(record))))
-            for n, (record, text, truth) in enumerate(make(drawn, statements, groups, rng))
+            for n, (record, text, truth) in enumerate(make(drawn, statements, rng))
         ]
     return {split: [(str(n), *row) for n, row in enumerate(rows)] for split, rows in found.items()}
+
+
+def counting_rows(folder: Path, count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Questions about invented drawings, and captions that say what is in a drawing of towers; for pretraining alone."""
+    rng, new = random.Random(f"counts/{seed}"), _unlike(_records(folder))
+    asked = questions_about([r for r in invented(max(60, count // 3), rng) if new(r)], count, rng)
+    questions = [
+        (str(n), f"counts-{n}", text, f"1.0|!+{answer}", "", _encoded(two_by_two(drawing(record))))
+        for n, (record, text, answer) in enumerate(asked)
+    ]
+    towers = [record for record in invented(count, rng) if new(record) and are_towers(contents(record))]
+    captions = [
+        (str(n), f"towers-{n}", premise(record), "", _encoded(two_by_two(drawing(record))))
+        for n, record in enumerate(towers)
+    ]
+    return questions, captions
 
 
 def two_by_two(picture: Image.Image) -> Image.Image:
@@ -248,12 +272,29 @@ def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, se
             part = split if split.startswith("pretrain") else "target"
             path = output / part / f"{task}_data" / f"{task}_{split if part == 'target' else 'train'}.tsv"
             written.append(_write(path, rows))
-        answers = {a.split("|!+")[1] for rows in splits.values() for *_, a, _, _ in rows} if task == "vqa" else set()
-        for part in ("pretrain", "target") if answers else ():
-            path = output / part / "vqa_data" / "trainval_ans2label.pkl"
-            path.write_bytes(pickle.dumps({answer: n for n, answer in enumerate(sorted(answers))}))
-            written.append(path)
+        if task == "vqa":
+            rows = [row for part in splits.values() for row in part]
+            written += [_write_answers(output / part / "vqa_data", rows) for part in ("pretrain", "target")]
+    questions, captions = counting_rows(source / "nlvr", 10 * train, seed)
+    then = output / "pretrain-then"
+    written += [
+        _write(then / "vqa_data" / "vqa_train.tsv", questions),
+        _write_answers(then / "vqa_data", questions),
+        _write(then / "caption_data" / "caption_stage1_train.tsv", captions),
+    ]
     return written
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    with gzip.open(folder / "examples.json.gz", "rt", encoding="utf-8") as file:
+        records: list[dict[str, Any]] = json.load(file)
+    return records
+
+
+def _unlike(records: Iterable[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a drawing is none of these, in whatever order its boxes stand."""
+    known = {_contents(record) for record in records}
+    return lambda record: _contents(record) not in known
 
 
 def _entailment(number: str, record: Mapping[str, Any], sentence: str, truth: bool, picture: str) -> Row:
@@ -274,6 +315,14 @@ def _contents(record: Mapping[str, Any]) -> str:
 def _write(path: Path, rows: Iterable[Row]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _write_answers(folder: Path, rows: Iterable[Row]) -> Path:
+    """The answers of rows of VQA, as OFA has them."""
+    answers = sorted({row[3].split("|!+")[1] for row in rows})
+    path = folder / "trainval_ans2label.pkl"
+    path.write_bytes(pickle.dumps({answer: n for n, answer in enumerate(answers)}))
     return path
 
 

@@ -1,8 +1,8 @@
 """Statements about NLVR's drawings, each with drawings that it is true and false of, and drawings in the manner of NLVR's.
 
 NLVR (Suhr et al., ACL 2017) shows three grey boxes: with a tower of squares each, or with scattered things. A tiny model that
-has never seen anything needs more of them, and simpler ones, than the data set has; what is made here shares no drawing and
-no sentence with what people wrote. Of NLVR's drawings that a sentence is false of, many hold the same things as one that it is
+has never seen anything needs more of them, and simpler ones, than the data set has; what is made here shares no drawing
+with what people saw. Of NLVR's drawings that a sentence is false of, many hold the same things as one that it is
 true of, in other places: who only looks for colours and shapes is right about half of the time. So some of the drawings here
 are rearranged ones, too.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -32,7 +33,37 @@ Contents = Sequence[Sequence[Thing]]
 """The things in each of NLVR's three boxes, the lowest first."""
 Claim = tuple[str, bool]
 """A sentence about a drawing, and whether it is true of it."""
-Maker = Callable[[Contents, random.Random], Claim]
+Maker = Callable[[Contents, random.Random], "Counting"]
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How many things of a kind there are: ``noun`` and ``tail`` say which.
+
+    Attributes:
+        whole: how many there are at most, where a sentence may speak of each of them.
+    """
+
+    count: int
+    noun: str
+    tail: str
+    whole: int = 0
+
+    def claim(self, rng: random.Random) -> Claim:
+        """How many of them a sentence says there are, and whether that is so."""
+        if self.whole and rng.random() < 0.2:
+            return f"each {self.noun} is a box{self.tail}", self.count == self.whole
+        how = rng.choice(("a", "a", "a", "exactly ", "at least ", ""))
+        if how == "a":
+            return f"there is a {self.noun}{self.tail}", self.count >= 1
+        n = rng.choice((1, 1, 2, 2, 3))
+        verb = "is" if n == 1 else "are"
+        claimed = f"there {verb} {how}{_number(n, rng)} {_plural(self.noun, n)}{self.tail}"
+        return claimed, _enough(self.count, n, how)
+
+    def question(self) -> str:
+        """One whose answer is the count."""
+        return f"how many {_plural(self.noun, 2)}{self.tail} are there?"
 
 
 def invented(count: int, rng: random.Random, *, sparse: bool = False) -> list[dict[str, Any]]:
@@ -177,13 +208,12 @@ def premise(record: Mapping[str, Any]) -> str:
 def statements_about(
     records: Sequence[Mapping[str, Any]],
     count: int,
-    taken: Container[str],
     rng: random.Random,
     *,
     alike: float = 0.0,
     usable: Callable[[Mapping[str, Any]], bool] = lambda record: True,
 ) -> list[tuple[Mapping[str, Any], str, bool]]:
-    """Sentences that are not ``taken``, each with a drawing that it is true of and one that it is not, as NLVR has them.
+    """Sentences, each with a drawing that it is true of and one that it is not, as NLVR has them.
 
     Sentences that are true or false of nearly all drawings are left out, so that words alone give nothing away.
 
@@ -201,8 +231,7 @@ def statements_about(
     found: list[tuple[Mapping[str, Any], str, bool]] = []
     while len(found) < count:
         is_tower = rng.random() < len(kinds[0]) / len(records)
-        makers: Sequence[Maker] = (_about_towers, _about_blocks) if is_tower else (_about_things, _about_boxes)
-        make = rng.choice(makers)
+        make = rng.choice(MAKERS[is_tower])
         drawn: Iterable[tuple[Mapping[str, Any], Contents]] = rng.sample(kinds[0 if is_tower else 1], TRIES)
         if rng.random() < alike:
             first, *rest = drawn
@@ -210,19 +239,34 @@ def statements_about(
             drawn = chain([first], ((r, contents(r)) for r in others if r is not None and usable(r)))
         number, text, by_truth = rng.getrandbits(32), "", dict[bool, Mapping[str, Any]]()
         for record, boxes in drawn:
-            text, truth = make(boxes, random.Random(number))  # the same words for all of them
+            same = random.Random(number)  # the same words for all of them
+            text, truth = make(boxes, same).claim(same)
             by_truth.setdefault(truth, record)
             if len(by_truth) == 2:
                 break
-        if len(by_truth) == 2 and text not in taken:
+        if len(by_truth) == 2:
             found += [(record, text, truth) for truth, record in sorted(by_truth.items(), key=lambda item: item[0])]
     return found[:count]
 
 
+def questions_about(
+    records: Sequence[Mapping[str, Any]], count: int, rng: random.Random
+) -> list[tuple[Mapping[str, Any], str, str]]:
+    """Questions how many there are of something, with their answers; of two thirds of those that say none, nothing is asked."""
+    known = [(record, contents(record)) for record in records]
+    found: list[tuple[Mapping[str, Any], str, str]] = []
+    while len(found) < count:
+        record, boxes = rng.choice(known)
+        counting = rng.choice(MAKERS[are_towers(boxes)])(boxes, rng)
+        if counting.count or rng.random() < 1 / 3:
+            found.append((record, counting.question(), str(counting.count)))
+    return found
+
+
 def simple_statements(
-    records: Sequence[Mapping[str, Any]], count: int, taken: Container[str], rng: random.Random
+    records: Sequence[Mapping[str, Any]], count: int, rng: random.Random
 ) -> list[tuple[Mapping[str, Any], str, bool]]:
-    """Sentences that are not ``taken``, which say that there is a thing of some kind; half of them are true.
+    """Sentences which say that there is a thing of some kind; half of them are true.
 
     Unlike :func:`statements_about`, words alone give something away, since some kinds are rarer than others. That helps a model
     that cannot see yet to begin.
@@ -232,7 +276,7 @@ def simple_statements(
     while len(found) < count:
         record, boxes = rng.choice(known)
         text, truth = _there_is(boxes, rng)
-        if truth == (len(found) % 2 == 0) and text not in taken:
+        if truth == (len(found) % 2 == 0):
             found.append((record, text, truth))
     return found
 
@@ -245,7 +289,7 @@ def _there_is(boxes: Contents, rng: random.Random) -> Claim:
     return f"there is {rng.choice(('a', 'at least one'))} {noun}", any(fits(t) for box in boxes for t in box)
 
 
-def _about_towers(boxes: Contents, rng: random.Random) -> Claim:
+def _about_towers(boxes: Contents, rng: random.Random) -> Counting:
     colour, other, n, least = _colour(rng), _colour(rng), rng.randint(1, 4), rng.choice(("exactly ", "at least ", ""))
     end = rng.choice(tuple(ENDS))
     above = rng.random() < 0.5
@@ -285,10 +329,10 @@ def _about_towers(boxes: Contents, rng: random.Random) -> Claim:
         )
     )
     count = sum(fits([t.colour for t in box]) for box in boxes if box)
-    return _counted(count, rng.choice(("tower", "tower", "tower", "box")), tail, rng)
+    return Counting(count, rng.choice(("tower", "tower", "tower", "box")), tail)
 
 
-def _about_blocks(boxes: Contents, rng: random.Random) -> Claim:
+def _about_blocks(boxes: Contents, rng: random.Random) -> Counting:
     colour, other, end = _colour(rng), _colour(rng), rng.choice(tuple(ENDS))
     n, least, kind = rng.randint(1, HIGHEST), rng.choice(("exactly ", "at least ", "")), rng.random()
     if kind < 0.5:
@@ -297,28 +341,28 @@ def _about_blocks(boxes: Contents, rng: random.Random) -> Claim:
             box[ENDS[end]].colour == colour and (not of_so_many or _enough(len(box), n, least)) for box in boxes if box
         )
         high = f" with {least}{_number(n, rng)} {_plural('block', n)}" if of_so_many else ""
-        return _counted(count, f"{colour} block", f" {rng.choice(('as', 'at'))} the {end} of a tower{high}", rng)
+        return Counting(count, f"{colour} block", f" {rng.choice(('as', 'at'))} the {end} of a tower{high}")
     if kind < 0.7:
         above = rng.random() < 0.5
         word = rng.choice(("on", "over", "above", "on top of") if above else ("below", "under"))
         pair = (other, colour) if above else (colour, other)  # the lower one first
-        count = sum(pair in pairwise(c) for c in ([t.colour for t in box] for box in boxes))
-        return f"there is {rng.choice(('a', 'at least one'))} {colour} block {word} a {other} block", count >= 1
+        count = sum(list(pairwise(t.colour for t in box)).count(pair) for box in boxes)
+        return Counting(count, f"{colour} block", f" {word} a {other} block")
     count = sum(t.colour == colour for box in boxes for t in box)
-    return _counted(count, f"{colour} {rng.choice(('block', 'square', 'item'))}", "", rng)
+    return Counting(count, f"{colour} {rng.choice(('block', 'square', 'item'))}", "")
 
 
-def _about_things(boxes: Contents, rng: random.Random) -> Claim:
+def _about_things(boxes: Contents, rng: random.Random) -> Counting:
     noun, fits = _kind(rng)
     edge = rng.choice((None, None, True, True, False))
     place = rng.choice(("edge", "edge", "wall", "side", "bottom", "base", "top", "corner"))
     close, article = rng.choice(("", "", "closely ")), rng.choice(("the", "the", "a"))
     touching = f" {close}touching {article} {place}{rng.choice(('', ' of a box'))}"
     tail = {None: "", True: touching, False: f" not{touching}"}[edge]
-    return _counted(sum(fits(t) and edge in (None, touches(t, place)) for box in boxes for t in box), noun, tail, rng)
+    return Counting(sum(fits(t) and edge in (None, touches(t, place)) for box in boxes for t in box), noun, tail)
 
 
-def _about_boxes(boxes: Contents, rng: random.Random) -> Claim:
+def _about_boxes(boxes: Contents, rng: random.Random) -> Counting:
     (noun, fits), (second, fits_too), n = _kind(rng), _kind(rng), rng.randint(1, 7)
     least = rng.choice(("exactly ", "at least ", ""))
     few, colour, other = rng.randint(1, 3), _colour(rng), _colour(rng)
@@ -340,9 +384,11 @@ def _about_boxes(boxes: Contents, rng: random.Random) -> Claim:
         )
     )
     count = sum(holds(box) for box in boxes if box)
-    if rng.random() < 0.2:
-        return f"each {rng.choice(('box', 'grey box'))} is a box{tail}", count == len(boxes)
-    return _counted(count, rng.choice(("box", "box", "grey box")), tail, rng)
+    return Counting(count, rng.choice(("box", "box", "grey box")), tail, whole=len(boxes))
+
+
+MAKERS: Mapping[bool, Sequence[Maker]] = {True: (_about_towers, _about_blocks), False: (_about_things, _about_boxes)}
+"""What there is to count, of towers and of other drawings."""
 
 
 def _kind(rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
@@ -353,16 +399,6 @@ def _kind(rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
     )
     any_shape = shape in ("item", "object")
     return f"{colour} {shape}".strip(), lambda t: (not colour or t.colour == colour) and (any_shape or t.shape == shape)
-
-
-def _counted(count: int, noun: str, tail: str, rng: random.Random) -> Claim:
-    """How many of them a sentence says there are, and whether that is so."""
-    how = rng.choice(("a", "a", "a", "exactly ", "at least ", ""))
-    if how == "a":
-        return f"there is a {noun}{tail}", count >= 1
-    n = rng.choice((1, 1, 2, 2, 3))
-    verb = "is" if n == 1 else "are"
-    return f"there {verb} {how}{_number(n, rng)} {_plural(noun, n)}{tail}", _enough(count, n, how)
 
 
 def _enough(count: int, n: int, how: str) -> bool:

@@ -119,11 +119,24 @@ def test_as_many_true_as_false_of_every_sentence(built: Path) -> None:
 
 
 def test_no_sentence_is_in_two_files(built: Path) -> None:
+    """Of those in target; the ones that are made may be as people's, since words give nothing away."""
     seen: dict[str, Path] = {}
-    for path in built.glob("*/snli_ve_data/*.tsv"):
-        where = place_of(path, built)
+    for path in built.glob("target/snli_ve_data/*.tsv"):
         for sentence in {normal(row[3]) for row in rows_of(path)}:
-            assert seen.setdefault(sentence, where) == where, sentence
+            assert seen.setdefault(sentence, path) == path, sentence
+
+
+def test_what_is_asked_of_counts_and_said_of_towers(built: Path) -> None:
+    """Questions and captions about drawings that are no rows of NLVR."""
+    then = built / "pretrain-then"
+    questions, captions = load_task("vqa", data=then).split("train"), load_task("caption", data=then).split("train")
+    assert {"0", "1", "2"} <= set(questions[0].choices)
+    assert all(q.texts[0].startswith("how many ") and q.target.isdecimal() for q in questions)
+    assert all(set(c.target.split()) <= {"tower", "yellow", "blue", "black"} for c in captions)
+    for caption in captions:
+        towers = caption.target.split("tower")[1:]
+        assert len(towers) == 3
+        assert all(1 <= len(tower.split()) <= 4 for tower in towers)
 
 
 def test_no_two_files_have_the_same_things_in_three_boxes(built: Path) -> None:
@@ -186,7 +199,7 @@ def test_statements_are_what_they_claim(script: Any) -> None:
         records = json.load(file)
     seed = random.randrange(10**6)
     rng = random.Random(seed)
-    found = script.statements_about(records, 3000, {"there is a black block"}, rng)
+    found = script.statements_about(records, 3000, rng)
     checked = []
     for record, text, truth in found:
         if (claim := claimed(text, record["rep"])) is not None:
@@ -195,7 +208,6 @@ def test_statements_are_what_they_claim(script: Any) -> None:
     truths: dict[str, list[bool]] = {}
     for _, text, truth in found:
         truths.setdefault(text, []).append(truth)
-    assert "there is a black block" not in truths
     assert all(sum(given) == len(given) / 2 for given in truths.values()), f"seed {seed}: words give the truth away"
     assert len(checked) > 300
     for words in (
@@ -208,6 +220,20 @@ def test_statements_are_what_they_claim(script: Any) -> None:
         "at least",
     ):
         assert any(words in text for text in checked)
+
+
+def test_questions_have_the_counts_that_statements_claim(statements: Any) -> None:
+    """ "There is a …" is true where the answer is not zero."""
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    for record in statements.invented(300, rng):
+        boxes = statements.contents(record)
+        for make in statements.MAKERS[statements.are_towers(boxes)]:
+            counting = make(boxes, rng)
+            same = f"there is a {counting.noun}{counting.tail}"
+            assert counting.question() == f"how many {statements._plural(counting.noun, 2)}{counting.tail} are there?"
+            if (claim := claimed(same, record["rep"])) is not None:
+                assert claim == (counting.count > 0), f"seed {seed}: {same}"
 
 
 def test_rearranged_drawings_hold_the_same_things(statements: Any) -> None:
@@ -236,7 +262,7 @@ def test_rearranged_drawings_hold_the_same_things(statements: Any) -> None:
 
 def test_alike_statements_are_about_the_same_things(statements: Any) -> None:
     rng = random.Random(3)
-    found = statements.statements_about(statements.invented(100, rng), 60, (), rng, alike=1.0)
+    found = statements.statements_about(statements.invented(100, rng), 60, rng, alike=1.0)
     for (record, text, truth), (other, same, false) in zip(found[::2], found[1::2], strict=True):
         assert (text, truth) == (same, not false)
         kinds = [sorted((o["type"], o["size"], o["color"]) for box in r["rep"] for o in box) for r in (record, other)]
