@@ -39,6 +39,7 @@ from pituning.training.precision import precision
 
 TASKS = ("refcoco", "vqa", "snli_ve", "snli_ve-premise")
 PEAK = 6e-4  # learning rate
+SAVE_EVERY = 250  # steps
 Phase = tuple[int, dict[str, int]]
 """Steps, and how many examples of each a step has, as FOLDER/TASK."""
 PHASES: dict[str, tuple[Phase, ...]] = {
@@ -117,9 +118,11 @@ def pretrain(data: Path, folder: Path, phases: Sequence[Phase], side: int) -> No
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 250 == 0:
+        if step % SAVE_EVERY == 0:
             states = {"model": model, "optimizer": optimizer, "schedule": schedule}
-            torch.save({name: thing.state_dict() for name, thing in states.items()} | {"step": step}, checkpoint)
+            kept = {name: thing.state_dict() for name, thing in states.items()} | {"step": step}
+            torch.save(kept, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").replace(checkpoint)
         if step % 50 == 0:
             shown = "  ".join(f"{name} {sum(ls) / len(ls):.3f}" for name, ls in seen.items())
             print(f"step {step}/{steps}  {time.perf_counter() - start:.0f} s  {shown}", flush=True)
