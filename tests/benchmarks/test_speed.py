@@ -64,7 +64,7 @@ def test_a_measurement_is_well_formed(one: Measurement) -> None:
 def test_the_registry_has_every_bar() -> None:
     assert len({m.name for m in MEASUREMENTS}) == len(MEASUREMENTS)
     found = {(m.name, f.name): (f.bar.sign, f.bar.limit, f.unit) for m in MEASUREMENTS for f in m.figures if f.bar}
-    for name in ("fisher", "fisher-small"):
+    for name in ("fisher", "fisher-short", "fisher-small"):
         for method in ("LoRA", "bottleneck"):
             assert found.pop((name, f"{method}, time / plain passes")) == ("≤", 1.3, "×")
             assert found.pop((name, f"{method}, memory / plain passes")) == ("≤", 1.5, "×")
@@ -288,7 +288,7 @@ def test_facts_of_a_machine_are_json_without_its_name_or_folders() -> None:
 
 def test_the_page_says_what_is_met_and_what_is_not() -> None:
     text = block([made_record()])
-    assert "Bars: 1 met, 1 not met, 26 not measured." in text
+    assert "Bars: 1 met, 1 not met, 34 not measured." in text
     assert "| scenes | scenes per second | 300 scenes/s [290, 310] | ≥ 300 scenes/s | met |" in text
     assert "| startup | import pituning | 0.300 s [0.290, 0.310] | < 0.3 s | **not met** |" in text
     assert "| search | whole search | killed by SIGKILL | < 100 ms | not measured |" in text
