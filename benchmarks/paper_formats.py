@@ -38,19 +38,21 @@ from pituning.tasks import Task, load_task
 from pituning.training.precision import precision
 
 TASKS = ("refcoco", "vqa", "snli_ve", "snli_ve-premise")
-PEAK = 6e-4  # learning rate
+PEAK, WARM_UP, COOL_DOWN = 5e-4, 30, 0.3  # learning rate, after so many steps; for the last share of them it falls to 0
 SAVE_EVERY = 250  # steps
-Phase = tuple[int, dict[str, int]]
-"""Steps, and how many examples of each a step has, as FOLDER/TASK."""
+Phase = tuple[int, bool, dict[str, int]]
+"""Steps; whether the decoder reads the question again; how many examples of each a step has, as FOLDER/TASK."""
 PHASES: dict[str, tuple[Phase, ...]] = {
-    "refcoco": ((600, {"pretrain/refcoco": 48}),),
-    "vqa": ((400, {"pretrain/vqa": 48}),),
-    # First whether there is a thing, and what towers look like; then statements that hold of some pictures; at last those
-    # where right and wrong look alike. Of the last alone, a model that cannot see these things learns nothing.
+    "refcoco": ((300, False, {"pretrain/refcoco": 48}), (300, True, {"pretrain/refcoco": 48})),
+    "vqa": ((200, False, {"pretrain/vqa": 48}), (200, True, {"pretrain/vqa": 48})),
+    # First what towers look like and whether there is a thing, then one kind of statement after another: where all kinds come
+    # at once, a model learns none of them.
     "snli_ve": (
-        (250, {"pretrain-first/snli_ve": 32, "pretrain-then/caption": 16}),
-        (1750, {"pretrain-first/snli_ve": 4, "pretrain-then/snli_ve": 32, "pretrain-then/caption": 12}),
-        (250, {"pretrain-then/snli_ve": 24, "pretrain/snli_ve": 24}),
+        (600, False, {"pretrain-things/snli_ve": 12, "pretrain-things/caption": 36}),
+        (250, True, {"pretrain-ends/snli_ve": 40, "pretrain-things/caption": 8}),
+        (300, True, {"pretrain-heights/snli_ve": 32, "pretrain-ends/snli_ve": 10, "pretrain-things/caption": 6}),
+        (400, True, {"pretrain-numbers/snli_ve": 40, "pretrain-ends/snli_ve": 4, "pretrain-heights/snli_ve": 4}),
+        (600, True, {"pretrain/snli_ve": 40, "pretrain-numbers/snli_ve": 8}),
     ),
 }
 """For each kind of picture, how a model learns to see it."""
@@ -74,16 +76,16 @@ def pretrain(data: Path, folder: Path, phases: Sequence[Phase], side: int) -> No
     backbone = OFABackbone("ofa-nano", nano.model, processor)
     model = backbone.model.requires_grad_(True)
     weights = [p for p in model.parameters() if p.requires_grad]
-    steps = sum(count for count, _ in phases)
+    plan = [(prompted, shares) for count, prompted, shares in phases for _ in range(count)]
+    steps = len(plan)
     optimizer = torch.optim.AdamW(weights, lr=PEAK, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK, total_steps=steps, pct_start=0.05, cycle_momentum=False
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min(1.0, (done + 1) / WARM_UP, (steps - done) / (COOL_DOWN * steps))
     )
-    names = sorted({name for _, shares in phases for name in shares})
+    names = sorted({name for _, _, shares in phases for name in shares})
     streams = {n: _shuffled(load_task(n.partition("/")[2], data=data / n.partition("/")[0])) for n in names}
     seen: dict[str, list[float]] = defaultdict(list)
     start = time.perf_counter()
-    plan = [shares for count, shares in phases for _ in range(count)]
     checkpoint = folder.with_suffix(".checkpoint")
     done = 0
     if checkpoint.is_file():
@@ -92,11 +94,11 @@ def pretrain(data: Path, folder: Path, phases: Sequence[Phase], side: int) -> No
         optimizer.load_state_dict(kept["optimizer"])
         schedule.load_state_dict(kept["schedule"])
         done = kept["step"]
-        for shares in plan[:done]:
+        for _, shares in plan[:done]:
             for name, share in shares.items():
                 for _ in range(share):
                     next(streams[name])
-    for step, shares in enumerate(plan[done:], start=done + 1):
+    for step, (prompted, shares) in enumerate(plan[done:], start=done + 1):
         model.train()
         model.get_encoder().embed_images.eval()  # its statistics stay those of emoji scenes
         optimizer.zero_grad()
@@ -106,7 +108,7 @@ def pretrain(data: Path, folder: Path, phases: Sequence[Phase], side: int) -> No
             batches[name.partition("/")[2]] += [(name, next(streams[name])) for _ in range(share)]
         for rows in batches.values():
             examples = [example for _, example in rows]
-            if step <= steps // 2:  # the decoder learns to answer before it learns to read the question again
+            if not prompted:
                 examples = [replace(example, decoder_prompt="none") for example in examples]
             with precision(backbone, "auto"):
                 losses = backbone.loss(backbone.collate(examples))

@@ -8,16 +8,18 @@ Usage::
 
 It writes ``target/refcoco_data/refcoco_{train,val,testA,testB}.tsv``, ``target/vqa_data/…`` and ``target/snli_ve_data/…``, and
 ``pretrain/`` with other training rows of the same kinds, so that a small model can learn to see before an expert is trained
-(``pretrain-first/`` and ``pretrain-then/`` have simpler ones for the start). No scene, drawing, picture or sentence is in two
-files, but those of the three that pretrain. The same seed writes the same files.
+(``pretrain-things/`` and its like have simpler ones of SNLI-VE, to be learned one after another). No scene, drawing, picture
+or sentence is in two files, but those that pretrain. The same seed writes the same files.
 
 - RefCOCO: scenes of CoDraw (Kim et al., ACL 2019; CC BY-NC 4.0; clip art of Abstract Scenes, Zitnick and Parikh, CVPR
   2013), the name of a thing that is there once, and its box. testA asks for people, testB for the rest, as RefCOCO's do.
 - VQA: drawings and questions of easy-VQA (MIT).
 - SNLI-VE: drawings and human sentences of NLVR (Suhr et al., ACL 2017; CC BY 4.0), as many true as false; the premise says
   what is in the boxes, and the picture shows the three of them two by two. The pretraining rows hold statements that are
-  made, about drawings that are made in NLVR's manner; those in ``pretrain-first/`` say no more than that there is a thing of
-  some kind, and what is true and what is false of a statement in ``pretrain/`` holds the same things, as often in NLVR.
+  made, about drawings that are made in NLVR's manner: in ``pretrain-things/``, that there is a thing of some kind, beside
+  captions that say of what colours towers are; in ``pretrain-ends/``, that a tower begins or ends with a colour; in
+  ``pretrain-heights/``, that one has so many blocks; in ``pretrain-numbers/``, how many such towers there are; in ``pretrain/``
+  whatever people say of towers and of scattered things.
 
 The data stay outside the repository.
 """
@@ -34,7 +36,6 @@ import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,18 @@ from nlvr_statements import (
     drawing,
     invented,
     premise,
-    questions_about,
     simple_statements,
     statements_about,
 )
 
+LESSON_OF = {
+    "pretrain-things": None,
+    "pretrain-ends": "ends",
+    "pretrain-heights": "heights",
+    "pretrain-numbers": "numbers",
+    "pretrain": "all",
+}
+"""The lesson of each part whose statements are made."""
 SCENE = (125, 100)  # pixels of a stored scene, a quarter of CoDraw's canvas
 SCALES = (1.0, 0.7, 0.49)  # of a sprite, by its depth
 PEOPLE = {"hb0": "the boy", "hb1": "the girl"}
@@ -171,7 +179,7 @@ def vqa_rows(folder: Path, counts: Mapping[str, int], seed: int) -> dict[str, li
 
 
 def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, seed: int) -> dict[str, list[Row]]:
-    """Rows for each split, and ``pretrain``, ``pretrain-first`` and ``pretrain-then``: statements about invented drawings.
+    """Rows for each split and for each part that pretrains: statements about invented drawings, twice as many in the last.
 
     A sentence has as many drawings that it is true of as others, so that its words alone give nothing away. The two orders of
     the boxes that NLVR has of a drawing are both in ``train``; ``dev`` and ``test`` have one. Drawings that differ in the order
@@ -204,34 +212,25 @@ def entailment_rows(folder: Path, counts: Mapping[str, int], statements: int, se
         found[split] = rows[: count // 2 * 2]
 
     new = _unlike(records)
-    for split, sparse, make in (
-        ("pretrain-first", True, simple_statements),
-        ("pretrain-then", False, statements_about),
-        ("pretrain", False, partial(statements_about, alike=1.0, usable=new)),
-    ):
-        rng = random.Random(f"{split}/{seed}")
-        drawn = [r for r in invented(max(60, statements // 2), rng, sparse=sparse) if new(r)]
+    for split, lesson in LESSON_OF.items():
+        rng, things, count = random.Random(f"{split}/{seed}"), lesson is None, statements * (1 + (split == "pretrain"))
+        drawn = [r for r in invented(max(60, count // 2), rng, sparse=things) if new(r)]
+        said = simple_statements(drawn, count, rng) if lesson is None else statements_about(drawn, count, rng, lesson)
         found[split] = [
             _entailment(f"{split}-{n}", record, text, truth, _encoded(two_by_two(drawing(record))))
-            for n, (record, text, truth) in enumerate(make(drawn, statements, rng))
+            for n, (record, text, truth) in enumerate(said)
         ]
     return {split: [(str(n), *row) for n, row in enumerate(rows)] for split, rows in found.items()}
 
 
-def counting_rows(folder: Path, count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Questions about invented drawings, and captions that say what is in a drawing of towers; for pretraining alone."""
-    rng, new = random.Random(f"counts/{seed}"), _unlike(_records(folder))
-    asked = questions_about([r for r in invented(max(60, count // 3), rng) if new(r)], count, rng)
-    questions = [
-        (str(n), f"counts-{n}", text, f"1.0|!+{answer}", "", _encoded(two_by_two(drawing(record))))
-        for n, (record, text, answer) in enumerate(asked)
-    ]
-    towers = [record for record in invented(count, rng) if new(record) and are_towers(contents(record))]
-    captions = [
+def caption_rows(folder: Path, count: int, seed: int) -> list[Row]:
+    """Invented drawings of towers with what is in them; for pretraining alone."""
+    rng, new = random.Random(f"captions/{seed}"), _unlike(_records(folder))
+    towers = [record for record in invented(2 * count, rng) if new(record) and are_towers(contents(record))]
+    return [
         (str(n), f"towers-{n}", premise(record), "", _encoded(two_by_two(drawing(record))))
         for n, record in enumerate(towers)
     ]
-    return questions, captions
 
 
 def two_by_two(picture: Image.Image) -> Image.Image:
@@ -264,7 +263,7 @@ def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, se
         ),
         "vqa": vqa_rows(source / "easy_vqa", {"train": train, "val": small, "test": test, "pretrain": 6 * train}, seed),
         "snli_ve": entailment_rows(
-            source / "nlvr", {"train": train // 3, "dev": max(2, test // 5), "test": test}, 20 * train, seed
+            source / "nlvr", {"train": train // 3, "dev": max(2, test // 5), "test": test}, 4 * train, seed
         ),
     }
     for task, splits in tables.items():
@@ -275,14 +274,8 @@ def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, se
         if task == "vqa":
             rows = [row for part in splits.values() for row in part]
             written += [_write_answers(output / part / "vqa_data", rows) for part in ("pretrain", "target")]
-    questions, captions = counting_rows(source / "nlvr", 10 * train, seed)
-    then = output / "pretrain-then"
-    written += [
-        _write(then / "vqa_data" / "vqa_train.tsv", questions),
-        _write_answers(then / "vqa_data", questions),
-        _write(then / "caption_data" / "caption_stage1_train.tsv", captions),
-    ]
-    return written
+    captions = caption_rows(source / "nlvr", 6 * train, seed)
+    return [*written, _write(output / "pretrain-things" / "caption_data" / "caption_stage1_train.tsv", captions)]
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

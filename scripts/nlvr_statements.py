@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 from build_grounding_data import BOX_STEP, COLOURS, SCALE, SIDES, SIZES, Thing, things
@@ -49,21 +49,21 @@ class Counting:
     tail: str
     whole: int = 0
 
+    def exists(self, rng: random.Random) -> Claim:
+        """That there is one, and whether that is so."""
+        return f"there is a {self.noun}{self.tail}", self.count >= 1
+
     def claim(self, rng: random.Random) -> Claim:
         """How many of them a sentence says there are, and whether that is so."""
         if self.whole and rng.random() < 0.2:
             return f"each {self.noun} is a box{self.tail}", self.count == self.whole
         how = rng.choice(("a", "a", "a", "exactly ", "at least ", ""))
         if how == "a":
-            return f"there is a {self.noun}{self.tail}", self.count >= 1
+            return self.exists(rng)
         n = rng.choice((1, 1, 2, 2, 3))
         verb = "is" if n == 1 else "are"
         claimed = f"there {verb} {how}{_number(n, rng)} {_plural(self.noun, n)}{self.tail}"
         return claimed, _enough(self.count, n, how)
-
-    def question(self) -> str:
-        """One whose answer is the count."""
-        return f"how many {_plural(self.noun, 2)}{self.tail} are there?"
 
 
 def invented(count: int, rng: random.Random, *, sparse: bool = False) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def invented(count: int, rng: random.Random, *, sparse: bool = False) -> list[di
         shapes = rng.sample(SHAPES, rng.choice((1, 2, 2))) if sparse else list(SHAPES)
         most = rng.choice((2, 4, MOST)) if sparse else MOST
         towers = rng.random() < 0.5
-        boxes = [_tower(inks, rng) if towers else _scattered(inks, shapes, rng.randint(1, most), rng) for _ in SIDES]
+        boxes = [_stacked(inks, rng) if towers else _scattered(inks, shapes, rng.randint(1, most), rng) for _ in SIDES]
         found.append({"rep": boxes, "perm": 0})
     return found
 
@@ -99,7 +99,7 @@ def drawing(record: Mapping[str, Any]) -> Image.Image:
     return image.resize((round(image.width * SCALE), round(image.height * SCALE)), Image.Resampling.BOX)
 
 
-def _tower(inks: Sequence[str], rng: random.Random) -> list[dict[str, Any]]:
+def _stacked(inks: Sequence[str], rng: random.Random) -> list[dict[str, Any]]:
     return [
         {"type": "square", "size": BLOCK, "x_loc": 40, "y_loc": 80 - (BLOCK + 1) * n, "color": rng.choice(inks)}
         for n in range(rng.randint(1, HIGHEST))
@@ -129,45 +129,6 @@ def _free_place(size: int, others: Sequence[Mapping[str, Any]], rng: random.Rand
         for o in others
     )
     return (x, y) if all(apart) else None
-
-
-def rearranged(record: Mapping[str, Any], rng: random.Random) -> dict[str, Any] | None:
-    """The same things, dealt anew to the boxes and placed anew; ``None`` if they found no room.
-
-    Half of the time the boxes hold as many as before, in another order.
-    """
-    boxes, towers = record["rep"], are_towers(contents(record))
-    everything = [thing for box in boxes for thing in box]
-    rng.shuffle(everything)
-    counts = [len(box) for box in boxes]
-    if rng.random() < 0.5:
-        rng.shuffle(counts)
-    else:
-        most = HIGHEST if towers else MOST
-        counts = [1] * len(boxes)
-        while sum(counts) < len(everything):
-            n = rng.randrange(len(boxes))
-            counts[n] += counts[n] < most
-    ends = list(accumulate(counts))
-    dealt = [everything[end - count : end] for end, count in zip(ends, counts, strict=True)]
-    place = _stacked if towers else _placed
-    placed = [place(box, rng) for box in dealt]
-    return None if None in placed else {"rep": placed, "perm": 0}
-
-
-def _stacked(blocks: Sequence[Mapping[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
-    return [{**block, "y_loc": 80 - (BLOCK + 1) * n} for n, block in enumerate(blocks)]
-
-
-def _placed(all_things: Sequence[Mapping[str, Any]], rng: random.Random) -> list[dict[str, Any]] | None:
-    found: list[dict[str, Any]] = []
-    for thing in sorted(all_things, key=lambda t: -int(t["size"])):
-        places = (_free_place(thing["size"], found, rng) for _ in range(40))
-        place = next((p for p in places if p), None)
-        if place is None:
-            return None
-        found.append({**thing, "x_loc": place[0], "y_loc": place[1]})
-    return found
 
 
 def contents(record: Mapping[str, Any]) -> Contents:
@@ -206,61 +167,36 @@ def premise(record: Mapping[str, Any]) -> str:
 
 
 def statements_about(
-    records: Sequence[Mapping[str, Any]],
-    count: int,
-    rng: random.Random,
-    *,
-    alike: float = 0.0,
-    usable: Callable[[Mapping[str, Any]], bool] = lambda record: True,
+    records: Sequence[Mapping[str, Any]], count: int, rng: random.Random, lesson: str = "all"
 ) -> list[tuple[Mapping[str, Any], str, bool]]:
     """Sentences, each with a drawing that it is true of and one that it is not, as NLVR has them.
 
     Sentences that are true or false of nearly all drawings are left out, so that words alone give nothing away.
 
     Args:
-        alike: share of the sentences whose second drawing is the first one, rearranged.
-        usable: whether a rearranged drawing may be shown.
+        lesson: a name of `LESSONS`.
 
     Raises:
         ValueError: if there are too few drawings.
     """
+    makers, say = LESSONS[lesson]
     known = [(record, contents(record)) for record in records]
-    kinds = [[k for k in known if are_towers(k[1]) == wanted] for wanted in (True, False)]
-    if min(map(len, kinds)) < TRIES:
+    kinds = {wanted: [k for k in known if are_towers(k[1]) == wanted] for wanted in makers}
+    if min(map(len, kinds.values())) < TRIES:
         raise ValueError(f"{len(records)} drawings are left for statements, and those are too few: ask for fewer rows")
     found: list[tuple[Mapping[str, Any], str, bool]] = []
     while len(found) < count:
-        is_tower = rng.random() < len(kinds[0]) / len(records)
-        make = rng.choice(MAKERS[is_tower])
-        drawn: Iterable[tuple[Mapping[str, Any], Contents]] = rng.sample(kinds[0 if is_tower else 1], TRIES)
-        if rng.random() < alike:
-            first, *rest = drawn
-            others = (rearranged(first[0], rng) for _ in rest)  # made as they are asked for
-            drawn = chain([first], ((r, contents(r)) for r in others if r is not None and usable(r)))
-        number, text, by_truth = rng.getrandbits(32), "", dict[bool, Mapping[str, Any]]()
-        for record, boxes in drawn:
+        are = rng.choice(tuple(kinds))
+        make, number, text, by_truth = rng.choice(makers[are]), rng.getrandbits(32), "", dict[bool, Mapping[str, Any]]()
+        for record, boxes in rng.sample(kinds[are], TRIES):
             same = random.Random(number)  # the same words for all of them
-            text, truth = make(boxes, same).claim(same)
+            text, truth = say(make(boxes, same), same)
             by_truth.setdefault(truth, record)
             if len(by_truth) == 2:
                 break
         if len(by_truth) == 2:
             found += [(record, text, truth) for truth, record in sorted(by_truth.items(), key=lambda item: item[0])]
     return found[:count]
-
-
-def questions_about(
-    records: Sequence[Mapping[str, Any]], count: int, rng: random.Random
-) -> list[tuple[Mapping[str, Any], str, str]]:
-    """Questions how many there are of something, with their answers; of two thirds of those that say none, nothing is asked."""
-    known = [(record, contents(record)) for record in records]
-    found: list[tuple[Mapping[str, Any], str, str]] = []
-    while len(found) < count:
-        record, boxes = rng.choice(known)
-        counting = rng.choice(MAKERS[are_towers(boxes)])(boxes, rng)
-        if counting.count or rng.random() < 1 / 3:
-            found.append((record, counting.question(), str(counting.count)))
-    return found
 
 
 def simple_statements(
@@ -289,66 +225,94 @@ def _there_is(boxes: Contents, rng: random.Random) -> Claim:
     return f"there is {rng.choice(('a', 'at least one'))} {noun}", any(fits(t) for box in boxes for t in box)
 
 
-def _about_towers(boxes: Contents, rng: random.Random) -> Counting:
-    colour, other, n, least = _colour(rng), _colour(rng), rng.randint(1, 4), rng.choice(("exactly ", "at least ", ""))
-    end = rng.choice(tuple(ENDS))
+def _ends(boxes: Contents, rng: random.Random) -> Counting:
+    """Of what colour a tower's top or base is."""
+    return _tower(boxes, rng, *_some_end(rng))
+
+
+def _heights(boxes: Contents, rng: random.Random) -> Counting:
+    """How many blocks a tower has."""
+    tail, fits = _some_height(rng)
+    return Counting(sum(fits(c) for c in _stacks(boxes)), "tower", tail)
+
+
+def _ends_and_heights(boxes: Contents, rng: random.Random) -> Counting:
+    (colour, end), (high, fits) = _some_end(rng), _some_height(rng)
+    return _tower(boxes, rng, colour, end, high, fits)
+
+
+def _tower(
+    boxes: Contents,
+    rng: random.Random,
+    colour: str,
+    end: str,
+    high: str = "",
+    fits: Callable[[list[str]], bool] = lambda stack: True,
+) -> Counting:
+    """Towers of a height with a block of a colour at one end, or such blocks."""
+    count = sum(fits(stack) and stack[ENDS[end]] == colour for stack in _stacks(boxes))
+    with_one, block = "and" if high else "with", rng.choice(("block", "block", "block", "item"))
+    noun, tail = rng.choice(
+        (
+            ("tower", f"{high} {with_one} a {colour} {block} at the {end}"),
+            ("tower", f"{high}{' which' if high else ' that'} has a {colour} {end}"),
+            (f"{colour} {block}", f" as the {end} of a tower{high}"),
+            (f"{colour} {block}", f" at the {end} of a tower{high}"),
+        )
+    )
+    return Counting(count, noun, tail)
+
+
+def _some_end(rng: random.Random) -> tuple[str, str]:
+    return _colour(rng), rng.choice(tuple(ENDS))
+
+
+def _some_height(rng: random.Random) -> tuple[str, Callable[[list[str]], bool]]:
+    n, least = rng.randint(1, HIGHEST), rng.choice(("exactly ", "only ", "at least ", "", ""))
+    return f" with {least}{_number(n, rng)} {_plural('block', n)}", lambda stack: _enough(len(stack), n, least)
+
+
+def _stacks(boxes: Contents) -> list[list[str]]:
+    """The colours of each tower, its base first."""
+    return [[t.colour for t in box] for box in boxes if box]
+
+
+def _colours(boxes: Contents, rng: random.Random) -> Counting:
+    """Which colours a tower has, how often, and in which order."""
+    colour, other, n, least = _colour(rng), _colour(rng), rng.randint(1, 3), rng.choice(("exactly ", "at least ", ""))
     above = rng.random() < 0.5
-    pairs = (colour, other) if above else (other, colour)
+    pair = (other, colour) if above else (colour, other)  # the lower one first
     block = rng.choice(("block", "block", "item"))
     both = colour if colour == other else f"{colour} and {other}"
     all_three = rng.choice(("all three colors", "3 different colors"))
-    high: tuple[str, Callable[[list[str]], bool]] = (
-        f" with {least}{_number(n, rng)} {_plural(block, n)}",
-        lambda c: len(c) >= n if least == "at least " else len(c) == n,
-    )
-    ended: tuple[str, Callable[[list[str]], bool]] = (
-        f" with a {colour} {block} at the {end}",
-        lambda c: c[ENDS[end]] == colour,
-    )
     tail, fits = rng.choice(
         (
-            high,
-            ended,
-            ended,
-            (high[0] + f" and a {colour} {block} at the {end}", lambda c: high[1](c) and ended[1](c)),
-            (f" that has a {colour} {end}", ended[1]),
             (
                 f" with a {colour} {block} {rng.choice(('over', 'above') if above else ('below', 'under'))} a {other} {block}",
-                lambda c: pairs in zip(c[1:], c, strict=False),
+                lambda stack: pair in pairwise(stack),
             ),
             (
                 f" with {least}{_number(n, rng)} {colour} {_plural(block, n)}",
-                lambda c: _enough(c.count(colour), n, least),
+                lambda stack: _enough(stack.count(colour), n, least),
             ),
-            (f" which has only {colour} {_plural(block, 2)}", lambda c: set(c) == {colour}),
-            (f" with only {both} {_plural(block, 2)}", lambda c: set(c) == {colour, other}),
-            (
-                f" with {_plural(block, 2)} of {all_three}",
-                lambda c: len(set(c)) == 3,
-            ),
+            (f" which has only {colour} {_plural(block, 2)}", lambda stack: set(stack) == {colour}),
+            (f" with only {both} {_plural(block, 2)}", lambda stack: set(stack) == {colour, other}),
+            (f" with {_plural(block, 2)} of {all_three}", lambda stack: len(set(stack)) == 3),
         )
     )
-    count = sum(fits([t.colour for t in box]) for box in boxes if box)
-    return Counting(count, rng.choice(("tower", "tower", "tower", "box")), tail)
+    return Counting(sum(map(fits, _stacks(boxes))), "tower", tail)
 
 
-def _about_blocks(boxes: Contents, rng: random.Random) -> Counting:
-    colour, other, end = _colour(rng), _colour(rng), rng.choice(tuple(ENDS))
-    n, least, kind = rng.randint(1, HIGHEST), rng.choice(("exactly ", "at least ", "")), rng.random()
-    if kind < 0.5:
-        of_so_many = rng.random() < 0.5
-        count = sum(
-            box[ENDS[end]].colour == colour and (not of_so_many or _enough(len(box), n, least)) for box in boxes if box
-        )
-        high = f" with {least}{_number(n, rng)} {_plural('block', n)}" if of_so_many else ""
-        return Counting(count, f"{colour} block", f" {rng.choice(('as', 'at'))} the {end} of a tower{high}")
-    if kind < 0.7:
+def _blocks(boxes: Contents, rng: random.Random) -> Counting:
+    """How many blocks of a colour there are, or how many of them lie next to one of another."""
+    colour, other = _colour(rng), _colour(rng)
+    if rng.random() < 0.6:
         above = rng.random() < 0.5
         word = rng.choice(("on", "over", "above", "on top of") if above else ("below", "under"))
         pair = (other, colour) if above else (colour, other)  # the lower one first
-        count = sum(list(pairwise(t.colour for t in box)).count(pair) for box in boxes)
+        count = sum(list(pairwise(stack)).count(pair) for stack in _stacks(boxes))
         return Counting(count, f"{colour} block", f" {word} a {other} block")
-    count = sum(t.colour == colour for box in boxes for t in box)
+    count = sum(stack.count(colour) for stack in _stacks(boxes))
     return Counting(count, f"{colour} {rng.choice(('block', 'square', 'item'))}", "")
 
 
@@ -387,8 +351,14 @@ def _about_boxes(boxes: Contents, rng: random.Random) -> Counting:
     return Counting(count, rng.choice(("box", "box", "grey box")), tail, whole=len(boxes))
 
 
-MAKERS: Mapping[bool, Sequence[Maker]] = {True: (_about_towers, _about_blocks), False: (_about_things, _about_boxes)}
-"""What there is to count, of towers and of other drawings."""
+_TOWERS: Sequence[Maker] = (_ends, _heights, _ends_and_heights, _ends_and_heights, _colours, _colours, _blocks)
+LESSONS: Mapping[str, tuple[Mapping[bool, Sequence[Maker]], Callable[[Counting, random.Random], Claim]]] = {
+    "ends": ({True: (_ends,)}, Counting.exists),
+    "heights": ({True: (_heights,)}, Counting.exists),
+    "numbers": ({True: (_ends, _heights, _ends_and_heights)}, Counting.claim),
+    "all": ({True: _TOWERS, False: (_about_things, _about_boxes)}, Counting.claim),
+}
+"""What there is to count, of towers and of other drawings, and what is said of it."""
 
 
 def _kind(rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
@@ -402,6 +372,7 @@ def _kind(rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
 
 
 def _enough(count: int, n: int, how: str) -> bool:
+    """Whether a count is as many as "exactly", "only", "at least" or nothing says, before the number."""
     return count >= n if how == "at least " else count == n
 
 

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"the data are not here: no folder {DATA}")
 PHASES: tuple[paper_formats.Phase, ...] = (
-    (3, {"pretrain-first/snli_ve": 2, "pretrain-then/caption": 2}),
-    (2, {"pretrain-then/vqa": 2, "pretrain/snli_ve": 2}),
+    (3, False, {"pretrain-things/snli_ve": 2, "pretrain-things/caption": 2}),
+    (2, True, {"pretrain/vqa": 2, "pretrain-numbers/snli_ve": 2}),
 )
 
 
