@@ -26,11 +26,12 @@ from pituning.methods.bitfit import BitFitLayer
 from pituning.methods.prefix import PrefixLayer
 from pituning.methods.prompt import PromptLayer
 
-_SMALL = 1e-12
-"""A gradient without a larger entry than this is squared in float64: 1e-12 squared is 1e-24, far from float32's least 1e-38."""
+_SMALL = 1e-24
+"""Squares without a larger sum than this are made again in float64: float32's least is 1e-38."""
 
-_CHUNK = 1 << 18
-"""Entries of per-example gradients that are made at once: 1 MB in float32, which stays in a core's own cache."""
+_CHUNK, _MOST = 1 << 18, 64
+"""Entries of per-example gradients that are squared at once: 1 MB in float32, which stays in a core's own cache; and of how
+many examples. Their squares are summed in their own precision, and these sums in float64."""
 
 
 class Observer(Protocol):
@@ -103,14 +104,11 @@ class Squares:
         if self._calls[key] != 1:
             self.add(key, _outer(gradient, x))
             return
-        step = max(1, _CHUNK // (gradient.shape[-1] * x.shape[-1]))
-        for half, rows in enumerate(self._rows):
-            for start in range(0, _length(rows), step):
-                part = _part(rows, start, step)
-                self._total(half, key, _outer(gradient[part], x[part]), part)
+        for half, part in self._parts(gradient.shape[-1] * x.shape[-1]):
+            self._total(half, key, partial(_outer, gradient, x, part), part)
 
     def add(self, key: str, gradient: Tensor) -> None:
-        """A layer called twice accumulates before squaring. The gradient is used up: its memory takes the squares."""
+        """A layer called twice accumulates before squaring."""
         self._open[key] = self._open[key] + gradient if key in self._open else gradient
         self._reported[key] += 1
         if self._reported[key] == self._calls[key]:
@@ -124,25 +122,42 @@ class Squares:
 
     def _square(self, key: str) -> None:
         gradient = self._open.pop(key)
-        for half, rows in enumerate(self._rows):
-            if _length(rows):
-                self._total(half, key, gradient[rows], rows)
+        for half, part in self._parts(gradient[0].numel()):
+            self._total(half, key, partial(_copied, gradient, part), part)
 
-    def _total(self, half: int, key: str, gradient: Tensor, rows: slice | list[int]) -> None:
-        """Add the squares of some examples' gradients, which are used up."""
-        squares = _squared(gradient)
-        if self._weights is not None:
-            squares *= self._weights[rows].to(squares.dtype).view(-1, *[1] * (squares.dim() - 1))
-        square = squares.sum(0, dtype=torch.float64)
+    def _parts(self, entries: int) -> Iterator[tuple[int, slice | list[int]]]:
+        """Half and rows of some examples at a time, each of whose gradients has so many entries."""
+        step = min(_MOST, max(1, _CHUNK // entries))
+        for half, rows in enumerate(self._rows):
+            for start in range(0, _length(rows), step):
+                yield half, _part(rows, start, step)
+
+    def _total(self, half: int, key: str, made: Callable[[], Tensor], rows: slice | list[int]) -> None:
+        """Add the squares of some examples' gradients."""
+        square = self._squared(made(), rows)
+        if square.dtype == torch.float32 and float(square.max()) < _SMALL:  # too small, it may be, to be told apart
+            square = self._squared(made().double(), rows)
         totals = self.totals[half]
         if key in totals:
             totals[key] += square
         else:
-            totals[key] = square
+            totals[key] = square.double()
+
+    def _squared(self, gradient: Tensor, rows: slice | list[int]) -> Tensor:
+        """Σ w_n g_n², in the place of the gradients."""
+        gradient *= gradient
+        if self._weights is not None:
+            gradient *= self._weights[rows].to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+        return gradient.sum(0)
 
 
-def _outer(gradient: Tensor, x: Tensor) -> Tensor:
-    return torch.einsum("bto,bti->boi", gradient, x.to(gradient.dtype))
+def _outer(gradient: Tensor, x: Tensor, rows: slice | list[int] = slice(None)) -> Tensor:
+    """Σ_t g_t x_tᵀ of some of the examples."""
+    return gradient[rows].transpose(1, 2) @ x[rows].to(gradient.dtype)
+
+
+def _copied(gradient: Tensor, rows: slice | list[int]) -> Tensor:
+    return gradient[rows].clone()
 
 
 def _slices_of(rows: list[int]) -> slice | list[int]:
@@ -164,14 +179,6 @@ def _part(rows: slice | list[int], start: int, count: int) -> slice | list[int]:
         return rows[start : start + count]
     part = range(rows.start, rows.stop, rows.step or 1)[start : start + count]
     return slice(part.start, part.stop, part.step)
-
-
-def _squared(gradient: Tensor) -> Tensor:
-    """Squares in the gradient's own precision and place; in float64 where float32 would lose small ones to underflow."""
-    smallest, largest = gradient.aminmax()
-    if gradient.dtype == torch.float32 and max(-smallest, largest) < _SMALL:
-        return gradient.double().square_()
-    return gradient.square_()
 
 
 def full_precision(x: Tensor) -> Tensor:
