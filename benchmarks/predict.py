@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,18 @@ from pituning.training.trainer import TrainSettings, fit
 TASKS = (
     "sst2", "cr", "agnews", "tweet_sentiment", "tweet_emotion", "mrpc", "sick_para", "trec6", "subj", "cola",
 )  # fmt: skip
-KINDS = [("calibrated-score", "shared"), ("score", "shared"), ("gradient", "shared"), ("weights", "shared")]
+KINDS = [
+    ("tuned-score", "shared"),
+    ("calibrated-score", "shared"),
+    ("score", "shared"),
+    ("gradient", "shared"),
+    ("weights", "shared"),
+]
 KINDS += [(kind, reference) for reference in ("shared", "own") for kind in ("fisher", "fisher-paper", "fisher-cosine")]
-AVERAGES = (("score", "gradient"), ("score", "weights"), ("calibrated-score", "weights"))
+AVERAGES = (
+    ("score", "gradient"), ("score", "weights"), ("calibrated-score", "weights"), ("tuned-score", "calibrated-score"),
+    ("tuned-score", "weights"),
+)  # fmt: skip
 """Kinds whose ranks are averaged, from the figures of each: nothing is measured again."""
 STEPS, BATCH, OWN_RATE, WARM_RATE = 30, 8, 1e-3, 3e-4
 SOURCE_ROWS = 1000
@@ -130,7 +140,8 @@ def measure(
         if label in found.setdefault("similarities", {}):
             continue
         own = own or pt.train_expert(backbone, task, settings=own_run)
-        ranking = pt.rank_experts(backbone, task, pool, own, kind=kind, reference=reference, data=data)
+        with precision(backbone, "auto") if kind == "tuned-score" else nullcontext():  # it trains
+            ranking = pt.rank_experts(backbone, task, pool, own, kind=kind, reference=reference, data=data)
         found["similarities"][label] = {e.name: s for e, s in zip(ranking.experts, ranking.similarities, strict=True)}
         _keep(file, found)
     return found

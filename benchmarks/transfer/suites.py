@@ -60,8 +60,8 @@ TABLE1 = tuple(
 """As in the paper's Table 1: referring expressions, questions, entailment; and two classifications."""
 
 SOURCE_TRAINING = TrainSettings(learning_rate=1e-3, epochs=2.0, batch_size=32)
-MADE_TRAINING = TrainSettings(learning_rate=4e-3, epochs=1.0, batch_size=32)
-"""Of sources on emoji scenes, of which there are as many as one wants: ten thousand, each seen once."""
+MADE_ROWS = 2_000
+"""Of sources on emoji scenes. Experts of 10,000 rows at a rate of 4e-3 know their tasks better, and help others less."""
 SEARCH = Search()
 
 
@@ -191,8 +191,7 @@ SUITES: Mapping[str, Suite] = {
             method="bottleneck",
             without_classes=8,
             arms=(*MAIN, *ABLATIONS),
-            source_rows=10_000,
-            source_training=MADE_TRAINING,
+            source_rows=MADE_ROWS,
             texts_tell=False,
         ),
         Suite(
@@ -205,7 +204,7 @@ SUITES: Mapping[str, Suite] = {
             method="bottleneck",
             shots=(64,),
             examples_in_all=True,
-            seeds=(0, 1, 2),
+            seeds=(1, 2, 3),  # a look at seed 0 decided how the sources are trained
             arms=(
                 "zero-shot",
                 "own",
@@ -219,8 +218,7 @@ SUITES: Mapping[str, Suite] = {
                 "pi",
                 "pi-random",
             ),
-            source_rows=10_000,
-            source_training=MADE_TRAINING,
+            source_rows=MADE_ROWS,
             texts_tell=False,
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typer.main import get_command
 
 from pituning.backbones.base import Backbone
 from pituning.cli import app
+from pituning.data.fewshot import stratified_folds
 from pituning.errors import DataError, ExpertError, PituningError, RefusedError, UnknownNameError
 from pituning.experiments.recipe import InterpolationSection
 from pituning.experts import Expert, ExpertPool
@@ -29,10 +32,12 @@ from pituning.similarity.measures import (
     average_ranks,
     fisher_similarity,
     gradient_similarities,
+    tuned_score_similarity,
     weight_similarity,
     zero_tensors,
 )
 from pituning.similarity.select import DEFAULT_KIND
+from pituning.training.crossfit import Search
 from pituning.training.evaluation import bias_calibrated_losses
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
@@ -345,7 +350,7 @@ class TestRegistry:
 
     def test_every_kind_is_there_under_its_name(self) -> None:
         fishers = {"fisher", "fisher-paper", "fisher-cosine"}
-        assert set(KINDS) == fishers | {"weights", "gradient", "score", "calibrated-score", "average"}
+        assert set(KINDS) == fishers | {"weights", "gradient", "score", "calibrated-score", "tuned-score", "average"}
         assert all(measure.name == name for name, measure in MEASURES.items())
 
     def test_the_default_is_one_and_the_same_everywhere(self) -> None:
@@ -366,6 +371,34 @@ class TestRegistry:
             plain = -rows[range(len(examples)), [e.label for e in examples]]
             slow = plain if kind == "score" else bias_calibrated_losses(rows, examples)
             assert found == pytest.approx(-float(slow.mean()), rel=1e-4)
+
+    def test_tuned_score_is_the_loss_of_warm_starts_on_what_they_were_not_tuned_on(
+        self, bert: Backbone, random_expert: Any, make_task: Any, tmp_path: Path
+    ) -> None:
+        """Against a plain training loop and a search for the temperature."""
+        experts, task = [random_expert(bert, "lora", s) for s in range(2)], make_task()
+        examples, rate, steps = list(task.split("train")), 1e-2, 3
+        search = Search(learning_rates=(rate, 1.0), steps=steps, batch_size=len(examples))
+        for expert in experts:
+            rows, truth = [], []
+            for train, held in stratified_folds(examples, 2, 0):
+                with attached(bert, expert.config, expert.tensors) as site:
+                    optimizer = torch.optim.AdamW(site.parameters.values(), lr=rate, weight_decay=0.0)
+                    for step in range(steps):
+                        optimizer.param_groups[0]["lr"] = rate if step else 0.0  # the warm-up is the first step
+                        optimizer.zero_grad()
+                        bert.loss(bert.collate(train)).mean().backward()
+                        torch.nn.utils.clip_grad_norm_(site.parameters.values(), 1.0)
+                        optimizer.step()
+                    with torch.no_grad():
+                        rows += [bert.score(bert.collate([e]), task.choices) for e in held]
+                truth += [e.label for e in held]
+            scores = torch.cat(rows)
+            slow = min(
+                float(F.cross_entropy(scores / math.exp(t), torch.tensor(truth))) for t in np.linspace(-5, 5, 4001)
+            )
+            found = tuned_score_similarity(bert, expert, task, search)
+            assert found == pytest.approx(-slow, abs=1e-5)
 
     def test_average_is_the_mean_share_of_candidates_beaten(
         self, bert: Backbone, random_expert: Any, make_task: Any, tmp_path: Path

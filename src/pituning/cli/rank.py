@@ -37,7 +37,8 @@ class RankingOptions:
         str,
         typer.Option(
             help="Similarity: calibrated-score (how well each expert tells the answers to the task's training examples "
-            "apart), score (the same without calibration), gradient (how steeply their loss falls towards each expert), "
+            "apart), score (the same without calibration), tuned-score (of a short warm start, cross-fitted), gradient (how "
+            "steeply their loss falls towards each expert), "
             "fisher, fisher-cosine, fisher-paper (task embeddings), weights (no data "
             "needed) or average (of the ranks by several).",
             rich_help_panel=_PANEL,

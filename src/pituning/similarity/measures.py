@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,9 @@ from pituning.similarity.embedding import TaskEmbedding, embed_task, pool_embedd
 from pituning.similarity.gradient import loss_slopes
 from pituning.similarity.settling import FIRST, MOST
 from pituning.tasks.task import Task
+from pituning.training.crossfit import Search, cross_fit
 from pituning.training.evaluation import bias_calibrated_losses, log_loss, log_probabilities
+from pituning.training.train_expert import start_from
 
 FISHER_KINDS = ("fisher", "fisher-paper", "fisher-cosine")
 SETTLED_TOP = 3
@@ -41,6 +43,8 @@ SCORES: Mapping[str, Callable[[Tensor, Sequence[Example]], float]] = {
     "calibrated-score": lambda log_p, examples: float(bias_calibrated_losses(log_p, examples).mean()),
 }
 """The kinds that read what an expert says of the examples: (log p ``[examples, choices]``, examples) → loss in nats."""
+TUNED = Search(learning_rates=(3e-4,), steps=30, batch_size=8)
+"""The warm start that ``tuned-score`` judges an expert by."""
 AVERAGED = ("score", "gradient")
 """What ``average`` averages where nothing is said: the kinds that need nothing but the target's examples."""
 
@@ -191,6 +195,26 @@ def score_similarity(backbone: Backbone, expert: Expert, task: Task, kind: str =
         return -SCORES[kind](log_probabilities(backbone, examples), examples)
 
 
+def tuned_score_similarity(backbone: Backbone, expert: Expert, task: Task, search: Search = TUNED) -> float:
+    """Minus the log-loss that a warm start from the expert reaches on examples that it was not tuned on, in nats.
+
+    The expert is tuned without each fold of the target's training examples, for all steps of ``search`` at its lowest rate; the
+    predictions of the folds left out are pooled and read after one temperature (:func:`pituning.training.crossfit.cross_fit`).
+
+    Raises:
+        DataError: if there are fewer examples than folds.
+    """
+    one_rate = replace(search, learning_rates=(min(search.learning_rates),), eval_every=search.steps)
+    found = cross_fit(
+        backbone,
+        lambda _: start_from(expert.tensors, expert.config),
+        task.split("train"),
+        one_rate,
+        seed=search.fold_seed,
+    )
+    return -found.curves[one_rate.learning_rates[0]][search.steps]
+
+
 def gradient_similarities(backbone: Backbone, experts: Sequence[Expert], examples: Sequence[Example]) -> list[float]:
     """−⟨∇L(φ_0), φ_k − φ_0⟩ / ‖φ_k − φ_0‖: how steeply the examples' mean loss falls from φ_0 towards each expert.
 
@@ -315,6 +339,10 @@ def _score(kind: str, comparison: Comparison) -> list[float]:
     return [score_similarity(comparison.backbone, e, comparison.task, kind) for e in comparison.candidates]
 
 
+def _tuned_score(comparison: Comparison) -> list[float]:
+    return [tuned_score_similarity(comparison.backbone, e, comparison.task) for e in comparison.candidates]
+
+
 def _gradient(comparison: Comparison) -> list[float]:
     return gradient_similarities(comparison.backbone, comparison.candidates, comparison.task.split("train"))
 
@@ -336,6 +364,7 @@ MEASURES: dict[str, Measure] = {
         Measure("weights", frozenset({"own"}), _weights),
         Measure("gradient", frozenset({"examples"}), _gradient),
         *(Measure(kind, frozenset({"examples"}), partial(_score, kind)) for kind in SCORES),
+        Measure("tuned-score", frozenset({"examples"}), _tuned_score),
         Measure("average", frozenset(), _average),  # what the averaged kinds need, each says itself
     )
 }

@@ -65,9 +65,10 @@ def rank_experts(
     Args:
         own: the target's own expert; needed by ``weights``, and by the Fisher kinds at the ``own`` reference point.
         kind: ``calibrated-score`` (log-loss of each expert on the target's training examples, after a temperature and one bias
-            per answer), ``score`` (the same as it is), ``gradient`` (how steeply that loss
-            falls from the common start towards each expert), ``fisher``, ``fisher-cosine``, ``fisher-paper`` (Fisher task
-            embeddings), ``weights`` (data-free) or ``average`` (of the ranks by the kinds in ``average_of``).
+            per answer), ``score`` (the same as it is), ``tuned-score`` (that of a short warm start, on examples that it was not
+            tuned on), ``gradient`` (how steeply that loss falls from the common start towards each expert), ``fisher``,
+            ``fisher-cosine``, ``fisher-paper`` (Fisher task embeddings), ``weights`` (data-free) or ``average`` (of the ranks
+            by the kinds in ``average_of``).
         reference: for the Fisher kinds, where the tasks are embedded: all at one ``shared`` expert, or each at its
             ``own`` (the paper).
         data: folder with the data of the pool's tasks, for embeddings that are not stored yet.
