@@ -395,7 +395,7 @@ class TestRegistry:
                 truth += [e.label for e in held]
             scores = torch.cat(rows)
             slow = min(
-                float(F.cross_entropy(scores / math.exp(t), torch.tensor(truth))) for t in np.linspace(-5, 5, 4001)
+                float(F.cross_entropy(scores / math.exp(t), torch.tensor(truth))) for t in np.linspace(-2, 4, 6001)
             )
             found = tuned_score_similarity(bert, expert, task, search)
             assert found == pytest.approx(-slow, abs=1e-5)
