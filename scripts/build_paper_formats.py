@@ -263,7 +263,7 @@ def build(source: Path, output: Path, *, train: int = 3000, test: int = 1000, se
         ),
         "vqa": vqa_rows(source / "easy_vqa", {"train": train, "val": small, "test": test, "pretrain": 6 * train}, seed),
         "snli_ve": entailment_rows(
-            source / "nlvr", {"train": train // 3, "dev": max(2, test // 5), "test": test}, 4 * train, seed
+            source / "nlvr", {"train": train // 3, "dev": max(2, test // 5), "test": 8 * test // 5}, 4 * train, seed
         ),
     }
     for task, splits in tables.items():

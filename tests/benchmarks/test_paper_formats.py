@@ -77,3 +77,13 @@ def test_chance_and_what_the_words_give_away(data: Path) -> None:
     asked = load_task("vqa", data=data / "target")
     assert 0 <= paper_formats.chance(asked, "test") <= paper_formats.blind(asked, "test") + 0.2
     assert paper_formats.interval(0.5, 1000) == pytest.approx(0.031, abs=1e-3)
+
+
+def test_rows_of_one_sentence_count_as_one() -> None:
+    """Twice the same rows say no more than once; other rows of other sentences do."""
+    right, sentences = [True, False, True, True], ["a", "b", "c", "d"]
+    once = paper_formats.interval_by_sentence(right, sentences)
+    assert once == pytest.approx(paper_formats.interval(0.75, 4))
+    assert paper_formats.interval_by_sentence(right * 2, sentences * 2) == pytest.approx(once)
+    more = [f"{s}{n}" for n in range(2) for s in sentences]
+    assert paper_formats.interval_by_sentence(right * 2, more) == pytest.approx(once / 2**0.5)
