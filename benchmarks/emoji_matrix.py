@@ -1,10 +1,13 @@
-"""What is there to transfer on the emoji scenes? Two tables for a pool of experts of ofa-nano.
+"""What is there to transfer on the emoji scenes? Tables for a pool of experts of ofa-nano.
 
     python benchmarks/emoji_matrix.py --pool runs/transfer/experts/DIGEST
+    python benchmarks/emoji_matrix.py --pool runs/transfer/experts/DIGEST --warm emoji-group-small emoji-count-small
 
 *Headroom*: what the bare backbone gets right of single things, by the style that they are drawn in and by whether pretraining
 knew their names (twemoji and 25 of the names are new). *Matrix*: the bare backbone and every expert, as it is, on every task of
-miniature Table 1, by the task's own metric. A pool that was trained on weights rounded to bfloat16 is evaluated on such.
+miniature Table 1, by the task's own metric. *Warm*, instead of these: the metric and the log-loss of the bare backbone, the own
+expert and a warm start from every expert, after as many steps on 64 examples in all, at one rate. A pool that was trained on
+weights rounded to bfloat16 is evaluated on such.
 """
 
 from __future__ import annotations
@@ -25,7 +28,12 @@ from benchmarks.transfer.suites import TABLE1
 from pituning.backbones import Backbone
 from pituning.data.emoji import SMALL
 from pituning.errors import BackboneMismatchError
+from pituning.interpolation.collapse import collapse
 from pituning.tasks.emoji_rows import ROWS, Source
+from pituning.training.train_expert import start_from
+from pituning.training.trainer import TrainSettings, fit
+
+SHOTS, STEPS, RATE = 64, 40, 1e-3
 
 
 def headroom(backbone: Backbone, rows: str, limit: int) -> dict[tuple[str, str], list[bool]]:
@@ -37,15 +45,44 @@ def headroom(backbone: Backbone, rows: str, limit: int) -> dict[tuple[str, str],
     return found
 
 
+def warm(backbone: Backbone, pool: pt.ExpertPool, name: str, limit: int, seed: int) -> dict[str, tuple[float, float]]:
+    """``bare``, ``own`` and every source → metric times 100 and log-loss on the target's test examples."""
+    full = pt.load_task(name)
+    examples = full.split("train")
+    classes = len({e.target for e in examples}) if examples[0].choices and not examples[0].answers else 1
+    task = full.few_shot(SHOTS // classes, seed)
+    run = TrainSettings(learning_rate=RATE, steps=STEPS, batch_size=16, schedule="constant_with_warmup", seed=seed)
+    experts: dict[str, pt.Expert | None] = {
+        "bare": None,
+        "own": pt.train_expert(backbone, task, method=next(iter(pool)).card.method, settings=run),
+    }
+    for source in pool:
+        if source.card.task != name:
+            mixture, config = start_from(source.tensors, source.config)
+            fit(backbone, mixture, config, task.split("train"), run)
+            experts[source.name] = collapse(mixture, config, source.card).expert
+    found = {key: pt.evaluate(backbone, expert, task, limit=limit) for key, expert in experts.items()}
+    return {key: (100 * e.value, e.metrics["log-loss"]) for key, e in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=500, help="test examples of each task (default 500)")
+    parser.add_argument("--warm", nargs="+", metavar="TASK", help="targets of warm starts")
+    parser.add_argument("--seed", type=int, default=0, help="of the warm starts' draw (default 0)")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pool = pt.ExpertPool(arguments.pool)
     backbone = _backbone(pool)
+    for name in arguments.warm or ():
+        rows = warm(backbone, pool, name, arguments.limit, arguments.seed)
+        print(name)
+        for key, (value, loss) in sorted(rows.items(), key=lambda row: -row[1][0]):
+            print(f"  {key:<26}{value:6.1f}{loss:8.3f}", flush=True)
+    if arguments.warm:
+        return
     for rows in ("object", "group"):
         print(f"{rows}: bare accuracy of {arguments.limit}", flush=True)
         for (style, news), right in sorted(headroom(backbone, rows, arguments.limit).items()):

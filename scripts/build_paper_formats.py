@@ -18,8 +18,8 @@ or sentence is in two files, but those that pretrain. The same seed writes the s
   what is in the boxes, and the picture shows the three of them two by two. The pretraining rows hold statements that are
   made, about drawings that are made in NLVR's manner: in ``pretrain-things/``, that there is a thing of some kind, beside
   captions that say of what colours towers are; in ``pretrain-ends/``, that a tower begins or ends with a colour; in
-  ``pretrain-heights/``, that one has so many blocks; in ``pretrain-numbers/``, how many such towers there are; in ``pretrain/``
-  whatever people say of towers and of scattered things.
+  ``pretrain-ends-counted/``, how many do; in ``pretrain-heights/``, that one has so many blocks; in ``pretrain-numbers/``, how
+  many towers there are of all these kinds; in ``pretrain/`` whatever people say of towers and of scattered things.
 
 The data stay outside the repository.
 """
@@ -59,6 +59,7 @@ from nlvr_statements import (
 LESSON_OF = {
     "pretrain-things": None,
     "pretrain-ends": "ends",
+    "pretrain-ends-counted": "ends-counted",
     "pretrain-heights": "heights",
     "pretrain-numbers": "numbers",
     "pretrain": "all",

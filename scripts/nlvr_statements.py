@@ -354,6 +354,7 @@ def _about_boxes(boxes: Contents, rng: random.Random) -> Counting:
 _TOWERS: Sequence[Maker] = (_ends, _heights, _ends_and_heights, _ends_and_heights, _colours, _colours, _blocks)
 LESSONS: Mapping[str, tuple[Mapping[bool, Sequence[Maker]], Callable[[Counting, random.Random], Claim]]] = {
     "ends": ({True: (_ends,)}, Counting.exists),
+    "ends-counted": ({True: (_ends,)}, Counting.claim),
     "heights": ({True: (_heights,)}, Counting.exists),
     "numbers": ({True: (_ends, _heights, _ends_and_heights)}, Counting.claim),
     "all": ({True: _TOWERS, False: (_about_things, _about_boxes)}, Counting.claim),

@@ -108,6 +108,7 @@ def test_as_many_true_as_false_of_every_sentence(built: Path) -> None:
         "target/{}/snli_ve_dev",
         "target/{}/snli_ve_test",
         "pretrain-ends/{}/snli_ve_train",
+        "pretrain-ends-counted/{}/snli_ve_train",
         "pretrain-heights/{}/snli_ve_train",
         "pretrain-numbers/{}/snli_ve_train",
         "pretrain/{}/snli_ve_train",
@@ -224,6 +225,7 @@ def test_statements_are_what_they_claim(script: Any) -> None:
     ("lesson", "said"),
     [
         ("ends", r"there is a .*\b(top|base)\b.*"),
+        ("ends-counted", r"there (is|are) .*\b(top|base)\b.*"),
         ("heights", r"there is a tower with .*\bblocks?"),
         ("numbers", r"there (is|are) .*(top|base|blocks?).*"),
     ],
