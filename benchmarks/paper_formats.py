@@ -82,7 +82,7 @@ def pretrain(data: Path, folder: Path, phases: Sequence[Phase], side: int) -> No
     steps = len(plan)
     optimizer = torch.optim.AdamW(weights, lr=PEAK, weight_decay=0.01, betas=(0.9, 0.98))
     rates = [min((n + 1) / WARM_UP, (count - n) / count) for count, _, _ in phases for n in range(count)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [*rates, 0.0].__getitem__)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rates[min(done, len(rates) - 1)])
     names = sorted({name for _, _, shares in phases for name in shares})
     streams = {n: _shuffled(load_task(n.partition("/")[2], data=data / n.partition("/")[0])) for n in names}
     seen: dict[str, list[float]] = defaultdict(list)

@@ -50,14 +50,10 @@ from pituning.training.trainer import TrainSettings, fit
 TASKS = (
     "sst2", "cr", "agnews", "tweet_sentiment", "tweet_emotion", "mrpc", "sick_para", "trec6", "subj", "cola",
 )  # fmt: skip
-KINDS = [
-    ("tuned-score", "shared"),
-    ("calibrated-score", "shared"),
-    ("score", "shared"),
-    ("gradient", "shared"),
-    ("weights", "shared"),
-]
+KINDS = [("calibrated-score", "shared"), ("score", "shared"), ("gradient", "shared"), ("weights", "shared")]
 KINDS += [(kind, reference) for reference in ("shared", "own") for kind in ("fisher", "fisher-paper", "fisher-cosine")]
+SLOW_KINDS = [("tuned-score", "shared")]
+"""Measured with ``--slow`` alone; in the report where all draws have them."""
 AVERAGES = (
     ("score", "gradient"), ("score", "weights"), ("calibrated-score", "weights"), ("tuned-score", "calibrated-score"),
     ("tuned-score", "weights"),
@@ -109,7 +105,15 @@ def _card(backbone: Backbone, task: Task, rows: int) -> Any:
 
 
 def measure(
-    backbone: Backbone, pool: pt.ExpertPool, data: Path, target: str, draw: int, limit: int, file: Path, experts: str
+    backbone: Backbone,
+    pool: pt.ExpertPool,
+    data: Path,
+    target: str,
+    draw: int,
+    limit: int,
+    file: Path,
+    experts: str,
+    kinds: Sequence[tuple[str, str]] = KINDS,
 ) -> dict[str, Any]:
     """One target and draw: the own expert's accuracy, the gain of every source, and every similarity; kept as it grows."""
     found: dict[str, Any] = {"target": target, "draw": draw, "limit": limit, "experts": experts, "gains": {}}
@@ -135,8 +139,8 @@ def measure(
                 _keep(file, found)
     else:
         own = None
-    for kind, reference in KINDS:
-        label = f"{kind} ({reference})" if kind.startswith("fisher") else kind
+    for kind, reference in kinds:
+        label = label_of(kind, reference)
         if label in found.setdefault("similarities", {}):
             continue
         own = own or pt.train_expert(backbone, task, settings=own_run)
@@ -145,6 +149,11 @@ def measure(
         found["similarities"][label] = {e.name: s for e, s in zip(ranking.experts, ranking.similarities, strict=True)}
         _keep(file, found)
     return found
+
+
+def label_of(kind: str, reference: str) -> str:
+    """A kind's name in the figures and the table."""
+    return f"{kind} ({reference})" if kind.startswith("fisher") else kind
 
 
 def pool_hash(pool: pt.ExpertPool) -> str:
@@ -247,11 +256,14 @@ def report(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """From the kept figures to the table."""
     gains: dict[str, dict[str, list[float]]] = {}
     similarities: dict[str, dict[str, dict[str, list[float]]]] = {}
+    everywhere = set.intersection(*(set(row["similarities"]) for row in rows))
     for row in rows:
         for source, gain in row["gains"].items():
             gains.setdefault(row["target"], {}).setdefault(source, []).append(gain)
-        averaged = {f"average of {', '.join(kinds)}": rank_average(row["similarities"], kinds) for kinds in AVERAGES}
-        for kind, values in {**row["similarities"], **averaged}.items():
+        known = {kind: values for kind, values in row["similarities"].items() if kind in everywhere}
+        averages = [kinds for kinds in AVERAGES if everywhere.issuperset(kinds)]
+        averaged = {f"average of {', '.join(kinds)}": rank_average(known, kinds) for kinds in averages}
+        for kind, values in {**known, **averaged}.items():
             for source, value in values.items():
                 similarities.setdefault(kind, {}).setdefault(row["target"], {}).setdefault(source, []).append(value)
     targets = sorted(gains)
@@ -355,6 +367,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="test examples of each task (default 300)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pictures", type=Path, help="folder for two pictures of the outcome")
+    parser.add_argument("--slow", action="store_true", help="measure tuned-score, too")
     parser.add_argument("--report-only", action="store_true", help="from what is kept, without running anything")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -370,7 +383,8 @@ def main() -> None:
         experts = pool_hash(pool)
         for (target, draw), file in files.items():
             start = time.perf_counter()
-            found = measure(backbone, pool, arguments.data, target, draw, arguments.limit, file, experts)
+            kinds = KINDS + SLOW_KINDS * arguments.slow
+            found = measure(backbone, pool, arguments.data, target, draw, arguments.limit, file, experts, kinds)
             best = max(found["gains"], key=lambda s: found["gains"][s])
             print(
                 f"{target} {draw}: own {found['own']:.1f}, best {best} {found['gains'][best]:+.1f}, "
@@ -378,7 +392,8 @@ def main() -> None:
                 flush=True,
             )
     kept = [json.loads(file.read_text()) for file in files.values() if file.is_file()]
-    rows = [row for row in kept if len(row.get("similarities", {})) == len(KINDS)]  # another process may be at one
+    wanted = {label_of(*kind) for kind in KINDS}
+    rows = [row for row in kept if wanted <= row.get("similarities", {}).keys()]  # another process may be at one
     if not rows:
         sys.exit(f"no figures in {folder}")
     found = report(rows)
