@@ -52,9 +52,10 @@ PHASES: dict[str, tuple[Phase, ...]] = {
     "snli_ve": (
         (900, False, {"pretrain-things/snli_ve": 8, CAPTIONS: 40}),
         (300, True, {"pretrain-ends/snli_ve": 40, CAPTIONS: 8}),
-        (250, True, {"pretrain-ends-counted/snli_ve": 36, "pretrain-ends/snli_ve": 6, CAPTIONS: 6}),
-        (300, True, {"pretrain-heights/snli_ve": 34, "pretrain-ends-counted/snli_ve": 10, CAPTIONS: 4}),
-        (400, True, {"pretrain-numbers/snli_ve": 44, CAPTIONS: 4}),
+        (250, True, {"pretrain-ends/snli_ve": 40, CAPTIONS: 8}),
+        (250, True, {"pretrain-ends-counted/snli_ve": 36, "pretrain-ends/snli_ve": 8, CAPTIONS: 4}),
+        (250, True, {"pretrain-heights/snli_ve": 34, "pretrain-ends-counted/snli_ve": 10, CAPTIONS: 4}),
+        (300, True, {"pretrain-numbers/snli_ve": 44, CAPTIONS: 4}),
     ),
 }
 """For each kind of picture, how a model learns to see it."""
