@@ -331,12 +331,13 @@ def _similarities(found: Mapping[str, Any]) -> Any:
     """Similarities as rows: mean ρ and its interval, the targets as dots, chance and the ceiling as lines."""
     from benchmarks.plots import Row, intervals
     from pituning.report.style import OTHER, PI
+    from pituning.similarity.select import DEFAULT_KIND
 
     rows = {}
     for kind, values in sorted(found["table"].items(), key=lambda item: -item[1]["rho"]):
         low, high = values["rho interval"]
         text = f"{values['rho']:.2f} ({low:.2f} to {high:.2f})".replace("-", "−")
-        colour = PI if kind == found["chosen"] else OTHER
+        colour = PI if kind == DEFAULT_KIND else OTHER
         rows[kind] = Row(values["rho"], low, high, list(values["by target"].values()), colour, text)
     ceilings = [c for c in found["ceiling"].values() if not np.isnan(c)]
     lines = {found["chance"]["rho"]: "-"} | ({statistics.fmean(ceilings): ":"} if ceilings else {})
@@ -363,7 +364,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="for experts and figures")
     parser.add_argument("--figures", type=Path, help="folder of the figures (default: figures in --work)")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--limit", type=int, default=300, help="test examples of each task (default 300)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pictures", type=Path, help="folder for two pictures of the outcome")
