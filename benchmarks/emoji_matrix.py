@@ -24,14 +24,14 @@ if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pituning as pt
+from benchmarks.transfer.running import drawn_in_all
 from benchmarks.transfer.suites import TABLE1
+from benchmarks.warm import warm_started
 from pituning.backbones import Backbone
 from pituning.data.emoji import SMALL
 from pituning.errors import BackboneMismatchError
-from pituning.interpolation.collapse import collapse
 from pituning.tasks.emoji_rows import ROWS, Source
-from pituning.training.train_expert import start_from
-from pituning.training.trainer import TrainSettings, fit
+from pituning.training.trainer import TrainSettings
 
 SHOTS, STEPS, RATE = 64, 40, 1e-3
 
@@ -47,10 +47,7 @@ def headroom(backbone: Backbone, rows: str, limit: int) -> dict[tuple[str, str],
 
 def warm(backbone: Backbone, pool: pt.ExpertPool, name: str, limit: int, seed: int) -> dict[str, tuple[float, float]]:
     """``bare``, ``own`` and every source → metric times 100 and log-loss on the target's test examples."""
-    full = pt.load_task(name)
-    examples = full.split("train")
-    classes = len({e.target for e in examples}) if examples[0].choices and not examples[0].answers else 1
-    task = full.few_shot(SHOTS // classes, seed)
+    task = drawn_in_all(pt.load_task(name), SHOTS, seed)
     run = TrainSettings(learning_rate=RATE, steps=STEPS, batch_size=16, schedule="constant_with_warmup", seed=seed)
     experts: dict[str, pt.Expert | None] = {
         "bare": None,
@@ -58,9 +55,7 @@ def warm(backbone: Backbone, pool: pt.ExpertPool, name: str, limit: int, seed: i
     }
     for source in pool:
         if source.card.task != name:
-            mixture, config = start_from(source.tensors, source.config)
-            fit(backbone, mixture, config, task.split("train"), run)
-            experts[source.name] = collapse(mixture, config, source.card).expert
+            experts[source.name] = warm_started(backbone, source, task.split("train"), run)
     found = {key: pt.evaluate(backbone, expert, task, limit=limit) for key, expert in experts.items()}
     return {key: (100 * e.value, e.metrics["log-loss"]) for key, e in found.items()}
 

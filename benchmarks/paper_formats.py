@@ -239,6 +239,14 @@ def measure(data: Path, work: Path, names: Sequence[str]) -> list[dict[str, Any]
             found = pituning("eval", name, trained["name"], *where, "--split", split)
             bare = pituning("eval", name, *where, "--split", split)
             metric = found["metric"]
+            half = interval(found["metrics"][metric], found["examples"])
+            if name.startswith("snli"):
+                answers = work / f"{name}-answers.json"
+                pituning("predict", name, trained["name"], *where, "--split", split, "--out", answers)
+                examples = task.split(split)
+                given = [answer[task.submission[1]] for answer in json.loads(answers.read_text())]
+                right = [a == e.target for a, e in zip(given, examples, strict=True)]
+                half = interval_by_sentence(right, [e.texts[0].lower() for e in examples])
             row = {
                 "task": name, "split": split, "metric": metric, "examples": found["examples"],
                 "training rows": len(task.split("train")), "steps": trained["training"]["steps_taken"],
@@ -246,20 +254,11 @@ def measure(data: Path, work: Path, names: Sequence[str]) -> list[dict[str, Any]
                 "log-loss, bare": bare["metrics"]["log-loss"], "log-loss, expert": found["metrics"]["log-loss"],
                 "chance": chance(task, split), "blind": blind(task, split),
                 "bare": bare["metrics"][metric], "expert": found["metrics"][metric],
-                "±": interval(found["metrics"][metric], found["examples"]), "seconds to train": round(seconds),
+                "±": half, "seconds to train": round(seconds),
             }  # fmt: skip
             if name == "vqa":
                 beam = pituning("eval", name, trained["name"], *where, "--split", split, "--by", "beam")
                 row["expert, by beam"] = beam["metrics"][metric]
-            if name.startswith("snli"):
-                answers = work / f"{name}-answers.json"
-                pituning("predict", name, trained["name"], *where, "--split", split, "--out", answers)
-                examples = task.split(split)
-                given = [answer[task.submission[1]] for answer in json.loads(answers.read_text())]
-                row["±"] = interval_by_sentence(
-                    [a == e.target for a, e in zip(given, examples, strict=True)],
-                    [e.texts[0].lower() for e in examples],
-                )
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows

@@ -38,6 +38,7 @@ if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pituning as pt
+from benchmarks.warm import warm_started
 from pituning.backbones import Backbone
 from pituning.interpolation.collapse import collapse
 from pituning.similarity.embedding import pool_embedding
@@ -131,9 +132,8 @@ def measure(
             for expert in pool:
                 if expert.card.task == target or expert.name in found["gains"]:
                     continue
-                mixture, config = start_from(expert.tensors, expert.config)
-                fit(backbone, mixture, config, task.split("train"), own_run.with_(learning_rate=WARM_RATE))
-                tuned = collapse(mixture, config, expert.card).expert
+                warm_run = own_run.with_(learning_rate=WARM_RATE)
+                tuned = warm_started(backbone, expert, task.split("train"), warm_run)
                 value = 100 * pt.evaluate(backbone, tuned, task, limit=limit).metrics["accuracy"]
                 found["gains"][expert.name] = value - found["own"]
                 _keep(file, found)

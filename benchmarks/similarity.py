@@ -13,17 +13,20 @@ import argparse
 import json
 import statistics
 import sys
+from pathlib import Path
 
 from scipy.stats import spearmanr
 
+if not __package__:  # run by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import pituning as pt
+from benchmarks.warm import warm_started
 from pituning.backbones import Backbone
-from pituning.interpolation.collapse import collapse
 from pituning.similarity.select import rank_experts
 from pituning.tasks import Task
 from pituning.training.precision import precision
-from pituning.training.train_expert import start_from
-from pituning.training.trainer import TrainSettings, fit
+from pituning.training.trainer import TrainSettings
 
 KINDS = [("score", "shared"), ("gradient", "shared"), ("average", "shared"), ("weights", "shared")]
 KINDS += [(kind, reference) for reference in ("shared", "own") for kind in ("fisher-cosine", "fisher", "fisher-paper")]
@@ -60,9 +63,7 @@ def _measure(backbone: Backbone, pool: pt.ExpertPool, task: Task, limit: int) ->
         for expert in pool:
             if expert.card.task == task.name:
                 continue
-            mixture, config = start_from(expert.tensors, expert.config)
-            fit(backbone, mixture, config, task.split("train"), warm)
-            tuned = collapse(mixture, config, expert.card).expert
+            tuned = warm_started(backbone, expert, task.split("train"), warm)
             gains[expert.name] = pt.evaluate(backbone, tuned, task, limit=limit).value - base
     names = sorted(gains)
     best = sorted(names, key=lambda n: -gains[n])[:2]

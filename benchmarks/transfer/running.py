@@ -100,12 +100,9 @@ class Bench:
     def draw(self, task: str, shots: int, seed: int) -> Task:
         """The target with its shots."""
         target = self.tasks[task]
-        examples = target.split("train")
-        has_classes = bool(examples[0].choices) and not examples[0].answers
         if self.suite.examples_in_all:
-            classes = len({e.target for e in examples if e.target}) if has_classes else 1
-            return target.few_shot(max(1, shots // classes), seed)
-        return target.few_shot(shots if has_classes else shots * self.suite.without_classes, seed)
+            return drawn_in_all(target, shots, seed)
+        return target.few_shot(shots if _has_classes(target) else shots * self.suite.without_classes, seed)
 
     def identity(self, arm: str, task: Task, shots: int) -> dict[str, Any]:
         """Everything that changes the value of a cell."""
@@ -124,6 +121,17 @@ class Bench:
             recipe, self.backbone, task, self.pool, self.pool, Shared(place),
             self.work / "shared" / f"sets.{digest(self.common)}", rows, self.suite.source_training,
         )  # fmt: skip
+
+
+def drawn_in_all(task: Task, count: int, seed: int) -> Task:
+    """So many examples in all: of a task with classes as many of each as fit, and at least one."""
+    classes = len({e.target for e in task.split("train") if e.target}) if _has_classes(task) else 1
+    return task.few_shot(max(1, count // classes), seed)
+
+
+def _has_classes(task: Task) -> bool:
+    first = task.split("train")[0]
+    return bool(first.choices) and not first.answers
 
 
 def load_tasks(suite: Suite, data: Path | None) -> dict[str, Task]:

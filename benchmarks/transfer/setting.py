@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.transfer.descent import multitask_expert
 from benchmarks.transfer.sharing import Shared
 from benchmarks.transfer.suites import Suite
+from benchmarks.warm import warm_started
 from pituning.data.fewshot import stratified_folds
 from pituning.example import Example
 from pituning.experiments.controls import ArmResult, Draw
@@ -20,7 +21,7 @@ from pituning.similarity.select import DEFAULT_KIND, Ranking, rank_experts
 from pituning.training.crossfit import Start, cross_fit
 from pituning.training.evaluation import evaluate
 from pituning.training.starts import blend_start
-from pituning.training.train_expert import fold_experts, start_from, train_expert
+from pituning.training.train_expert import fold_experts, train_expert
 from pituning.training.trainer import TrainSettings, fit
 
 PUBLISHED_KIND = "fisher-paper"
@@ -134,10 +135,8 @@ class Setting(Draw):
         def make() -> tuple[Any, dict[str, Expert]]:
             search, values = self.search, {}
             for expert in self.ranking.experts:
-                mixture, config = start_from(expert.tensors, expert.config)
                 settings = search.settings(min(search.learning_rates), search.steps, self.seed)
-                fit(self.backbone, mixture, config, self.examples, settings)
-                tuned = collapse(mixture, config, self.card(expert)).expert
+                tuned = warm_started(self.backbone, expert, self.examples, settings, self.card(expert))
                 values[expert.name] = evaluate(self.backbone, tuned, self.task, limit=self.recipe.test_limit).value
             return values, {}
 
