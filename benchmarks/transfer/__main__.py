@@ -18,7 +18,7 @@ import benchmarks.transfer
 from benchmarks.pages import fill
 from benchmarks.transfer.cells import Cells
 from benchmarks.transfer.pictures import write_pictures
-from benchmarks.transfer.report import Commands, block, gather, write_parquet
+from benchmarks.transfer.report import Commands, block, gather, keep
 from benchmarks.transfer.running import Part, load_tasks, prepared, run
 from benchmarks.transfer.sources import audit, source_rows
 from benchmarks.transfer.suites import SUITES, Suite, suite_named
@@ -28,6 +28,7 @@ from pituning.experiments.cells import write_json
 from pituning.training.precision import PRECISIONS, precision
 
 PAGE = Path("docs/transfer.md")
+FIGURES = Path("benchmarks/figures/transfer")
 ROUNDED = "bf16-weights"
 """A precision: the frozen weights rounded to bfloat16 and computed in it, the experts' in float32 and without autocast."""
 
@@ -63,7 +64,8 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
     gc.collect()
     gc.freeze()  # every `Trainer` collects garbage, and has neither libraries nor data to go through then
     with nullcontext() if options.precision == ROUNDED else precision(backbone, options.precision):
-        bench = prepared(suite, backbone, tasks, options.work, out_of_time=out_of_time, say=say)
+        kept = options.figures / f"{suite.name}.parquet"
+        bench = prepared(suite, backbone, tasks, options.work, out_of_time=out_of_time, say=say, kept=kept)
         if bench is None:
             say("stopped while training the sources, because the time was up")
             return 0
@@ -79,9 +81,10 @@ def _backbone(suite: Suite, options: argparse.Namespace) -> Backbone:
 
 
 def _report(suite: Suite, options: argparse.Namespace) -> int:
-    found = gather(suite, Cells(options.work / "cells").all(), options.environment)
-    print(write_parquet(found, options.work / f"{suite.name}.parquet"))
-    checked = options.work / f"audit-{suite.name}.json"
+    kept = options.figures / f"{suite.name}.parquet"
+    found = gather(suite, Cells(options.work / "cells", kept).all(), options.environment)
+    print(keep(found, kept))
+    checked = options.figures / f"audit-{suite.name}.json"
     rows = json.loads(checked.read_text(encoding="utf-8")) if checked.is_file() else None
     page = options.page
     images = {shots: write_pictures(found, shots, page.parent / "images") for shots in suite.shots}
@@ -98,7 +101,7 @@ def _audit(suite: Suite, options: argparse.Namespace) -> int:
     rows = audit(suite, tasks, source_rows(suite, tasks, options.work / "sources"))
     for row in rows:
         print(json.dumps(row))
-    write_json(options.work / f"audit-{suite.name}.json", rows)
+    write_json(options.figures / f"audit-{suite.name}.json", rows)
     left = sum(row[key] for row in rows for key in row if key.startswith("left"))
     if not suite.texts_tell:
         print(f"suite {suite.name!r} is not audited by text: the texts about made pictures repeat, the pictures do not")
@@ -128,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--suite", default="core", choices=list(SUITES))
         one.add_argument("--data", type=Path, default=Path("../shared/data/text"), help="folder of the language tasks")
         one.add_argument("--work", type=Path, required=True, help="for experts, cells and shared pieces")
+        one.add_argument(
+            "--figures", type=Path, default=FIGURES, help="cells of other work folders, one Parquet file a suite"
+        )
         one.add_argument("--backbone", help="instead of the suite's, such as a folder")
         one.add_argument("--threads", type=int, default=1)
         if verb == "run":

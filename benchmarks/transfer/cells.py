@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,19 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 class Cells:
-    """The cells of a work folder, one JSON file each.
+    """The cells of a work folder, one JSON file each, and those that a Parquet file keeps of other folders.
 
     An *identity* is ``{"common": …, "cell": …}``: what all cells of a run share (its digest, the *environment*, names a
     sub-folder), and arm, task, shots, seed and data of one.
+
+    Args:
+        kept: a file of :func:`write_parquet`, read once; it may be missing. A cell of the folder goes before one of the file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kept: Path | None = None) -> None:
         self.folder = folder
+        found = read_parquet(kept) if kept is not None and kept.is_file() else []
+        self.kept = {self.path(cell["identity"]): cell for cell in found}
 
     def path(self, identity: Mapping[str, Any]) -> Path:
         """Where the cell of an identity is, or will be."""
@@ -74,8 +79,8 @@ class Cells:
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-            return None
-        return values if "value" in values and "identity" in values else None
+            return self.kept.get(path)
+        return values if "value" in values and "identity" in values else self.kept.get(path)
 
     @contextmanager
     def claimed(self, path: Path) -> Iterator[bool]:
@@ -89,6 +94,54 @@ class Cells:
         write_json(path, values)
 
     def all(self) -> list[dict[str, Any]]:
-        """Every whole cell of the folder, in the order of the files' names."""
-        found = (self.read(path) for path in sorted(self.folder.glob("*/*.json")))
+        """Every whole cell, in the order of their names."""
+        found = (self.read(path) for path in sorted({*self.folder.glob("*/*.json"), *self.kept}))
         return [cell for cell in found if cell is not None]
+
+
+_TEXTS = ("arm", "task", "metric", "chosen", "code", "pool", "finished")
+_COUNTS = ("shots", "seed", "examples", "steps")
+_NUMBERS = ("value", "log_loss", "seconds", "seconds_alone", "seconds_of_test", "learning_rate")
+_LISTS = ("experts", "needs")
+_PLAIN = ("identity", "weights", "details")
+"""Columns that hold JSON."""
+
+
+def write_parquet(
+    cells: Iterable[Mapping[str, Any]], path: Path, more: Callable[[Mapping[str, Any]], Mapping[str, str]]
+) -> None:
+    """One row for each cell, whole: :func:`read_parquet` gives the same cells.
+
+    Args:
+        more: texts about a cell for columns of their own, which are not read back.
+    """
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    names = (*_TEXTS, *_COUNTS, *_NUMBERS, *_LISTS)
+    rows = [
+        {**{k: cell[k] for k in names}, **{k: json.dumps(cell[k], sort_keys=True) for k in _PLAIN}, **more(cell)}
+        for cell in cells
+    ]
+    kinds = {
+        pa.string(): (*_TEXTS, *_PLAIN),
+        pa.int64(): _COUNTS,
+        pa.float64(): _NUMBERS,
+        pa.list_(pa.string()): _LISTS,
+    }
+    types = {name: kind for kind, named in kinds.items() for name in named}
+    order = list(rows[0]) if rows else list(types)
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in order])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    pq.write_table(pa.Table.from_pylist(rows, schema), part)
+    part.replace(path)
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """The cells of a file of :func:`write_parquet`."""
+    import pyarrow.parquet as pq
+
+    names = [*_TEXTS, *_COUNTS, *_NUMBERS, *_LISTS, *_PLAIN]
+    rows = pq.read_table(path, columns=names).to_pylist()
+    return [{**row, **{k: json.loads(row[k]) for k in _PLAIN}} for row in rows]

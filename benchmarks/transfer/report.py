@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.plots import signed
 from benchmarks.transfer.arms import ARMS
-from benchmarks.transfer.cells import digest
+from benchmarks.transfer.cells import digest, write_parquet
 from benchmarks.transfer.intervals import Difference, Values, paired_difference
 from benchmarks.transfer.suites import Suite
 from pituning.errors import PituningError
@@ -123,37 +123,18 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
     return Found(suite, tuple(chosen), environment, {e: len(found) for e, found in by_environment.items()})
 
 
-def write_parquet(found: Found, path: Path) -> Path:
-    """One row for each cell."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+def keep(found: Found, path: Path) -> Path:
+    """Write the cells to a Parquet file, in the order of their keys; see :func:`benchmarks.transfer.cells.write_parquet`."""
 
-    rows = [
-        {
-            "suite": found.suite.name,
-            "role": found.suite.role(cell["task"]),
-            **{k: cell[k] for k in ("arm", "task", "shots", "seed", "metric", "value", "log_loss", "examples")},
-            **{k: cell[k] for k in ("seconds", "seconds_alone", "seconds_of_test", "learning_rate", "steps", "chosen")},
-            "experts": cell["experts"],
-            "weights": json.dumps(cell["weights"]) if cell["weights"] else None,
-            "details": json.dumps(cell["details"]),
-            "environment": found.environment,
-            "key": digest(cell["identity"]),
-            "code": cell["code"],
-            "finished": cell["finished"],
-        }
-        for cell in found.cells
-    ]
-    text, number, count = pa.string(), pa.float64(), pa.int64()
-    types = dict.fromkeys(("suite", "role", "arm", "task", "metric", "chosen", "weights", "details"), text)
-    types |= dict.fromkeys(("environment", "key", "code", "finished"), text) | {"experts": pa.list_(text)}
-    types |= dict.fromkeys(("shots", "seed", "examples", "steps"), count)
-    types |= dict.fromkeys(
-        ("value", "log_loss", "seconds", "seconds_alone", "seconds_of_test", "learning_rate"), number
-    )
-    order = list(rows[0]) if rows else list(types)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, pa.schema([(name, types[name]) for name in order])), path)
+    def more(cell: Cell) -> dict[str, str]:
+        role = found.suite.role(cell["task"])
+        key = digest(cell["identity"])
+        return {"suite": found.suite.name, "role": role, "environment": found.environment, "key": key}
+
+    def order(cell: Cell) -> tuple[Any, ...]:
+        return cell["shots"], cell["task"], cell["seed"], cell["arm"]
+
+    write_parquet(sorted(found.cells, key=order), path, more)
     return path
 
 
@@ -226,7 +207,9 @@ def _provenance(found: Found) -> list[str]:
     dates = sorted({cell["finished"] for cell in found.cells})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     codes = len({cell["code"] for cell in found.cells})
+    pools = len({cell["pool"] for cell in found.cells})
     state = "one state of the code" if codes == 1 else f"**{codes} states of the code**"
+    state += "" if pools == 1 else f"; **sources trained {pools} times**"
     lines = [
         f"Measured {when} on {common['device']} in {common['precision']}; {versions}; {state}; backbone "
         f"`{common['backbone']}`; environment `{found.environment}`."

@@ -28,7 +28,7 @@ from pituning.experts.pool import ExpertPool
 from pituning.tasks.task import Task, load_task
 from pituning.training.evaluation import evaluate
 
-REVISION = 2
+REVISION = 3
 """To be raised with every change to the arms that changes a figure: cells of an earlier one are not used again."""
 
 DETAILS = ("learning_rate", "steps", "experts", "weights", "chosen")
@@ -87,7 +87,14 @@ class Tally:
 
 @dataclass
 class Bench:
-    """A suite with its backbone, data and trained sources."""
+    """A suite with its backbone, data and trained sources.
+
+    Attributes:
+        common: what all its cells have in common and their figures depend on. The experts are in it by what they are trained
+            from and how: trained again, on another machine, they are the same experts up to rounding, and ``state`` is others.
+        state: digest of the experts' very tensors, for the record in each cell.
+        kept: Parquet file of cells that were measured in other work folders.
+    """
 
     suite: Suite
     backbone: Backbone
@@ -96,6 +103,8 @@ class Bench:
     pool: ExpertPool
     rows: Mapping[str, SourceRows]
     common: Mapping[str, Any]
+    state: str
+    kept: Path | None = None
 
     def draw(self, task: str, shots: int, seed: int) -> Task:
         """The target with its shots."""
@@ -114,12 +123,13 @@ class Bench:
         """What the arms share on one draw."""
         identity = self.identity("own", task, shots)
         del identity["cell"]["arm"]
+        identity["state"] = self.state
         place = self.work / "shared" / f"{task.name}.{shots}.{task.seed}.{digest(identity)}"
         recipe = recipe_of(self.suite, task.name, task.seed)
         rows = {name: found.rows for name, found in self.rows.items()}
         return Setting(
             recipe, self.backbone, task, self.pool, self.pool, Shared(place),
-            self.work / "shared" / f"sets.{digest(self.common)}", rows, self.suite.source_training,
+            self.work / "shared" / f"sets.{digest([self.common, self.state])}", rows, self.suite.source_training,
         )  # fmt: skip
 
 
@@ -152,6 +162,7 @@ def prepared(
     *,
     out_of_time: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = print,
+    kept: Path | None = None,
 ) -> Bench | None:
     """Train what is missing of the sources; ``None`` where the time ran out on it."""
     rows = source_rows(suite, tasks, work / "sources")
@@ -163,12 +174,12 @@ def prepared(
         "revision": REVISION,
         "settings": suite.settings(),
         "backbone": backbone.fingerprint,
-        "pool": pool_digest(pool),
+        "pool": pool.folder.name,
         "device": kind,
         "precision": _precision(backbone),
         "versions": {"pituning": pituning.__version__, **{n: version(n) for n in ("torch", "transformers", "peft")}},
     }
-    return Bench(suite, backbone, tasks, work, pool, rows, json.loads(json.dumps(common)))
+    return Bench(suite, backbone, tasks, work, pool, rows, json.loads(json.dumps(common)), pool_digest(pool), kept)
 
 
 def _precision(backbone: Backbone) -> str:
@@ -185,8 +196,8 @@ def run(
     say: Callable[[str], None] = print,
 ) -> Tally:
     """Compute the cells of a part that are not there yet; a failed one is reported and does not stop the others."""
-    cells, tally = Cells(bench.work / "cells"), Tally()
-    code = code_digest()
+    cells, tally = Cells(bench.work / "cells", bench.kept), Tally()
+    record = {"code": code_digest(), "pool": bench.state}
     for (task_name, shots, seed), arms in _by_draw(part.wanted(bench.suite)):
         task = bench.draw(task_name, shots, seed)
         setting: Setting | None = None
@@ -215,7 +226,7 @@ def run(
                     say(f"{name}: FAILED, {error}")
                     tally.failed.append(name)
                     continue
-                cells.write(path, {"identity": identity, "shots": shots, **values, "code": code})
+                cells.write(path, {"identity": identity, "shots": shots, **values, **record})
                 tally.computed += 1
                 say(f"{name}: {values['metric']} {values['value']:.3f}, {values['seconds']:.1f} s")
     return tally

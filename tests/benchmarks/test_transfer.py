@@ -21,10 +21,10 @@ from torch import Tensor
 from benchmarks.pages import fill
 from benchmarks.transfer.__main__ import main
 from benchmarks.transfer.arms import ARMS, rescaled
-from benchmarks.transfer.cells import Cells, claimed, digest
+from benchmarks.transfer.cells import Cells, claimed, digest, read_parquet
 from benchmarks.transfer.descent import fully_tuned
 from benchmarks.transfer.intervals import paired_difference, resampled_means
-from benchmarks.transfer.report import Commands, block, differences, gather, write_parquet
+from benchmarks.transfer.report import Commands, block, differences, gather, keep
 from benchmarks.transfer.running import Bench, Part, prepared, run
 from benchmarks.transfer.setting import Setting
 from benchmarks.transfer.sharing import Shared
@@ -578,7 +578,15 @@ def cell(arm: str, task: str, seed: int, value: float, suite: Suite = SMALL, **c
     own = {"arm": ARMS[arm].identity(), "task": task, "shots": 16, "seed": seed, "data": "d"}
     figures = {"metric": "accuracy", "value": value, "log_loss": 0.5, "examples": 500, "seconds": 10.0 + seed}
     more = {"seconds_alone": 4.0, "seconds_of_test": 1.0, "learning_rate": 1e-3, "steps": 40, "experts": ["cr"]}
-    rest = {"weights": {"model": [1.0]}, "chosen": None, "details": {}, "code": "c", "finished": "2026-01-01"}
+    rest = {
+        "weights": {"model": [1.0]},
+        "chosen": None,
+        "details": {},
+        "code": "c",
+        "pool": "p",
+        "needs": ["own-0"],
+        "finished": "2026-01-01",
+    }
     key = {"arm": arm, "task": task, "shots": 16, "seed": seed, "identity": {"common": shared, "cell": own}}
     return json.loads(json.dumps({**key, **figures, **more, **rest}))  # type: ignore[no-any-return]
 
@@ -661,11 +669,46 @@ def test_a_block_replaces_what_is_between_its_marks(message: Callable[..., str])
 def test_the_parquet_file_has_one_row_for_each_cell(figures: list[dict[str, Any]], tmp_path: Path) -> None:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    rows = pq.read_table(write_parquet(gather(SMALL, figures), tmp_path / "core.parquet")).to_pylist()
+    path = keep(gather(SMALL, figures), tmp_path / "core.parquet")
+    rows = pq.read_table(path).to_pylist()
     values = {(r["arm"], r["task"], r["seed"]): r["value"] for r in rows}
     assert values == {(a, t, s): v for (a, t), both in FIGURES.items() for s, v in enumerate(both)}
     assert {r["role"] for r in rows if r["task"] == "cr"} == {"development"}
-    assert pq.read_table(write_parquet(gather(SMALL, []), tmp_path / "none.parquet")).num_rows == 0
+    assert sorted(map(whole, figures)) == sorted(map(whole, read_parquet(path)))
+    assert pq.read_table(keep(gather(SMALL, []), tmp_path / "none.parquet")).num_rows == 0
+
+
+def whole(cell: Mapping[str, Any]) -> str:
+    return json.dumps(cell, sort_keys=True)
+
+
+def test_cells_that_are_kept_are_not_computed_again_and_those_of_the_folder_go_before_them(
+    own_bench: Bench, tmp_path: Path
+) -> None:
+    run(own_bench, PART, say=lambda line: None)
+    folder = own_bench.work / "cells"
+    kept = keep(gather(own_bench.suite, Cells(folder).all()), tmp_path / "core.parquet")
+    one, other = sorted(folder.glob("*/*.json"))
+    before = json.loads(one.read_text())
+    one.unlink()
+    other.write_text(json.dumps({**json.loads(other.read_text()), "value": 2.0}))
+    tally = run(replace(own_bench, kept=kept), PART, say=lambda line: None)
+    assert (tally.computed, tally.known) == (0, 2)
+    found = Cells(folder, kept).all()
+    assert before in found
+    assert [cell["value"] for cell in found if cell["arm"] != before["arm"]] == [2.0]
+    retrained = replace(own_bench, kept=kept, state="other tensors of the same training")
+    assert run(retrained, PART, say=lambda line: None).known == 2
+    assert (
+        retrained.setting(retrained.draw("sst2", 4, 0), 4).shared.folder
+        != own_bench.setting(own_bench.draw("sst2", 4, 0), 4).shared.folder
+    )
+
+
+def test_the_page_says_how_often_the_sources_were_trained(figures: list[dict[str, Any]]) -> None:
+    assert "sources trained" not in block(gather(SMALL, figures), [], COMMANDS, {})
+    figures[0]["pool"] = "another"
+    assert "**sources trained 2 times**" in block(gather(SMALL, figures), [], COMMANDS, {})
 
 
 def test_the_repositorys_page_has_a_place_for_every_suite_and_explains_every_arm() -> None:
@@ -686,14 +729,15 @@ def test_the_command_line_writes_page_pictures_and_parquet(
         cells.write(cells.path(values["identity"]), values)
     page = tmp_path / "transfer.md"
     page.write_text(PAGE)
-    assert main(["report", "--work", str(tmp_path / "work"), "--page", str(page)]) == 0
+    where = ["--work", str(tmp_path / "work"), "--figures", str(tmp_path / "figures")]
+    assert main(["report", *where, "--page", str(page)]) == 0
     text = page.read_text()
     assert "**Partial: 17 of 18 cells.**" in text
     assert str(tmp_path) not in text
     for picture in ("differences", "targets"):
         assert f"(images/transfer-core-{picture}.png)" in text
         assert (tmp_path / "images" / f"transfer-core-{picture}.png").stat().st_size > 5000
-    assert (tmp_path / "work" / "core.parquet").is_file()
+    assert (tmp_path / "figures" / "core.parquet").is_file()
     assert "PARTIAL, 1 are missing" in capsys.readouterr().out
     assert main(["run", "--work", str(tmp_path / "work"), "--arms", "pie"]) == 2
     assert "did you mean 'pi'" in capsys.readouterr().err
