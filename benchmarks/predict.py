@@ -241,6 +241,11 @@ def interval(values: Sequence[float], statistic: Callable[[Any], float] = np.mea
     return float(low), float(high)
 
 
+def mean_of(values: Sequence[float]) -> float:
+    """NaN of none: of a single target there is nothing to report on."""
+    return statistics.fmean(values) if values else float("nan")
+
+
 def has_help(draws: Sequence[float]) -> bool:
     """Whether a source's gain over the draws has a 95 % t interval above zero."""
     from scipy.stats import t
@@ -277,8 +282,8 @@ def report(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             **{key: statistics.fmean(each[t][key] for t in targets) for key in ("rho", "ndcg@3", "regret@1")},
             "rho interval": interval([each[t]["rho"] for t in targets]),
             "rho, targets to choose on": statistics.fmean(each[t]["rho"] for t in choose),
-            "rho, targets to report on": statistics.fmean(each[t]["rho"] for t in hold),
-            "hit@3 of helped": statistics.fmean(each[t]["hit@3"] for t in helped) if helped else float("nan"),
+            "rho, targets to report on": mean_of([each[t]["rho"] for t in hold]),
+            "hit@3 of helped": mean_of([each[t]["hit@3"] for t in helped]),
             "hit@3 of helped, to report on": [each[t]["hit@3"] for t in helped if t in hold],
             "by target": {t: each[t]["rho"] for t in targets},
         }

@@ -90,6 +90,12 @@ def made_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def test_of_a_single_target_there_is_nothing_to_report_on() -> None:
+    found = predict.report([row for row in made_rows() if row["target"] == "t0"])
+    assert len(found["targets"]) == 1
+    assert all(math.isnan(row["rho, targets to report on"]) for row in found["table"].values())
+
+
 def test_the_choice_is_made_on_every_other_target_and_reported_on_the_rest() -> None:
     found = predict.report(made_rows())
     good = found["table"]["good"]
