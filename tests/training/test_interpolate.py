@@ -20,6 +20,7 @@ from pituning.tasks import Task
 from pituning.training import interpolate as module
 from pituning.training.blend import Interpolation
 from pituning.training.crossfit import CrossFit, Search
+from pituning.training.evaluation import bias_calibrated_losses
 from pituning.training.interpolate import interpolate
 from pituning.training.train_expert import train_expert
 from pituning.training.trainer import TrainSettings
@@ -33,6 +34,14 @@ def log_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
     with torch.no_grad(), attached(backbone, expert.config, expert.tensors):
         losses = [backbone.loss(backbone.collate([e]))[0] for e in task.split("train")]
     return float(torch.stack(losses).double().mean())
+
+
+def warm_start_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
+    """One example at a time; the calibration has a slow check of its own in test_evaluation."""
+    examples = task.split("train")
+    with torch.no_grad(), attached(backbone, expert.config, expert.tensors):
+        rows = [backbone.score(backbone.collate([e]), e.choices)[0] for e in examples]
+    return float(bias_calibrated_losses(torch.stack(rows).log_softmax(1), examples).mean())
 
 
 def by_evidence(losses: list[float], examples: int) -> np.ndarray:
@@ -96,7 +105,7 @@ def test_runs_and_compares_every_candidate(
         bert, task, experts, own_of("encoder", method), train=train, include_own=include_own, search=SEARCH, name="pi"
     )
     losses = [log_loss(bert, e, task) for e in experts]
-    best = experts[int(np.argmin(losses))]
+    best = experts[int(np.argmin([warm_start_loss(bert, e, task) for e in experts]))]
     names = {f"warm start from {best.name}", "keep the own expert"}
     names |= {"interpolation of the experts"} if include_own is not True else set()
     names |= {"interpolation with the own expert"} if include_own is not False else set()
@@ -250,12 +259,30 @@ def test_keeping_the_own_expert_keeps_its_bits(
     assert all(torch.equal(result.expert.tensors[k], t) for k, t in own.tensors.items())
 
 
+def test_the_warm_start_is_from_the_expert_that_tells_answers_apart_however_it_leans(
+    bert: Backbone, random_experts: Any, make_task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shifted scores cost an expert log-loss, not its place: a few steps mend them."""
+    task, (leaning, vague) = make_task(), random_experts(bert, "bottleneck", 2, 13)
+    examples = task.split("train")
+    truth = torch.tensor([e.choices.index(e.target) for e in examples])
+    right = 2 * torch.nn.functional.one_hot(truth, len(examples[0].choices)).double()
+    shift = torch.linspace(0, 6, right.shape[1], dtype=torch.float64)
+    rows = [(right + shift).log_softmax(1), torch.zeros_like(right).log_softmax(1)]
+    losses = [float(-r[torch.arange(len(truth)), truth].mean()) for r in rows]
+    assert losses[0] > losses[1], "as it is, the one that tells nothing looks better"
+    given = iter(rows)
+    monkeypatch.setattr("pituning.training.starts.log_probabilities", lambda *_: next(given))
+    prefer(monkeypatch, 1)
+    assert interpolate(bert, task, [leaning, vague], search=SEARCH).experts == (leaning.name,)
+
+
 def test_a_warm_start_is_plain_fine_tuning_of_the_nearest_expert(
     bert: Backbone, random_experts: Any, make_task: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefer(monkeypatch, 1, steps=3)
     task, experts = make_task(), random_experts(bert, "bottleneck", 2, 11)
-    best = experts[int(np.argmin([log_loss(bert, e, task) for e in experts]))]
+    best = experts[int(np.argmin([warm_start_loss(bert, e, task) for e in experts]))]
     result = interpolate(bert, task, experts, search=SEARCH)
     with attached(bert, best.config, best.tensors) as site:
         parameters = list(site.parameters.values())

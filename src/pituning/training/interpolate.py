@@ -18,7 +18,14 @@ from pituning.interpolation.build import Granularity
 from pituning.tasks.task import Task
 from pituning.training.blend import Candidate, Interpolation, blended_card, collapsed, require_rank
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_one_standard_error
-from pituning.training.starts import blend_start, expert_log_loss, initial_weights, kept_start, require_consistent
+from pituning.training.starts import (
+    blend_start,
+    expert_log_loss,
+    initial_weights,
+    kept_start,
+    require_consistent,
+    warm_start_loss,
+)
 from pituning.training.train_expert import fold_experts
 from pituning.training.trainer import fit
 
@@ -88,7 +95,8 @@ def choose(
             expert's log-loss on the shots) or K numbers.
         include_own: whether the own expert is one of the blended; ``"auto"`` lets cross-fitting decide. Where it is,
             α is not trained: it would be fitted on the shots that the own expert has seen.
-        alternatives: also compare a warm start from the best single expert, and the own expert as it is.
+        alternatives: also compare a warm start from the expert of the lowest log-loss on the shots after a temperature and a
+            bias per answer, which is the first of a ranking by ``calibrated-score``, and the own expert as it is.
         coefficients, temperature: from α to the weights; see :class:`pituning.interpolation.Coefficients`.
         search: learning rates, steps and folds, the same for every candidate. With ``optimizer="cma"`` and
             ``train="weights"`` the weights of the interpolation are learned without gradients.
@@ -121,7 +129,7 @@ def choose(
         start = blend_start(backbone, experts, weights, folds, **how)
         plans.append(_Plan("interpolation with the own expert", (*experts, own), weights, start, search, granularity))
     if alternatives:
-        best = experts[losses.index(min(losses))]
+        best = min(experts, key=lambda e: warm_start_loss(backbone, e, task))
         start = blend_start(backbone, [best], [1.0], train="experts", granularity="model")
         plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start, plain, "model"))
         if own is not None:
