@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,13 @@ class Found:
     """The cells of one suite in one environment.
 
     Attributes:
-        others: environments with cells of the suite that are left out, and how many each.
+        others: cells of the suite in other environments, which are left out, by environment.
     """
 
     suite: Suite
     cells: tuple[Cell, ...]
     environment: str
-    others: Mapping[str, int]
+    others: Mapping[str, Sequence[Cell]]
 
     def missing(self) -> list[tuple[str, str, int, int]]:
         """(arm, task, shots, seed) of the suite that have no cell."""
@@ -120,21 +121,21 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
                 f"two cells are {'/'.join(map(str, key))}, of different data: remove the older from {environment}"
             )
         seen.add(key)
-    return Found(suite, tuple(chosen), environment, {e: len(found) for e, found in by_environment.items()})
+    return Found(suite, tuple(chosen), environment, by_environment)
 
 
 def keep(found: Found, path: Path) -> Path:
-    """Write the cells to a Parquet file, in the order of their keys; see :func:`benchmarks.transfer.cells.write_parquet`."""
+    """Write the cells of all environments to a Parquet file; see :func:`benchmarks.transfer.cells.write_parquet`."""
 
     def more(cell: Cell) -> dict[str, str]:
         role = found.suite.role(cell["task"])
-        key = digest(cell["identity"])
-        return {"suite": found.suite.name, "role": role, "environment": found.environment, "key": key}
+        environment, key = digest(cell["identity"]["common"]), digest(cell["identity"])
+        return {"suite": found.suite.name, "role": role, "environment": environment, "key": key}
 
     def order(cell: Cell) -> tuple[Any, ...]:
-        return cell["shots"], cell["task"], cell["seed"], cell["arm"]
+        return digest(cell["identity"]["common"]), cell["shots"], cell["task"], cell["seed"], cell["arm"]
 
-    write_parquet(sorted(found.cells, key=order), path, more)
+    write_parquet(sorted(chain(found.cells, *found.others.values()), key=order), path, more)
     return path
 
 
@@ -215,7 +216,7 @@ def _provenance(found: Found) -> list[str]:
         f"`{common['backbone']}`; environment `{found.environment}`."
     ]
     if found.others:
-        left = ", ".join(f"{count} of `{name}`" for name, count in found.others.items())
+        left = ", ".join(f"{len(cells)} of `{name}`" for name, cells in found.others.items())
         lines.append(f"Cells of other environments (versions, device, precision, sources) are left out: {left}.")
     return lines
 
