@@ -33,7 +33,7 @@ from pituning.errors import BackboneMismatchError
 from pituning.tasks.emoji_rows import ROWS, Source
 from pituning.training.trainer import TrainSettings
 
-SHOTS, STEPS, RATE = 64, 40, 1e-3
+SHOTS, RATE = 64, 1e-3
 
 
 def headroom(backbone: Backbone, rows: str, limit: int) -> dict[tuple[str, str], list[bool]]:
@@ -45,10 +45,12 @@ def headroom(backbone: Backbone, rows: str, limit: int) -> dict[tuple[str, str],
     return found
 
 
-def warm(backbone: Backbone, pool: pt.ExpertPool, name: str, limit: int, seed: int) -> dict[str, tuple[float, float]]:
+def warm(
+    backbone: Backbone, pool: pt.ExpertPool, name: str, limit: int, seed: int, steps: int
+) -> dict[str, tuple[float, float]]:
     """``bare``, ``own`` and every source → metric times 100 and log-loss on the target's test examples."""
     task = drawn_in_all(pt.load_task(name), SHOTS, seed)
-    run = TrainSettings(learning_rate=RATE, steps=STEPS, batch_size=16, schedule="constant_with_warmup", seed=seed)
+    run = TrainSettings(learning_rate=RATE, steps=steps, batch_size=16, schedule="constant_with_warmup", seed=seed)
     experts: dict[str, pt.Expert | None] = {
         "bare": None,
         "own": pt.train_expert(backbone, task, method=next(iter(pool)).card.method, settings=run),
@@ -66,13 +68,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="test examples of each task (default 500)")
     parser.add_argument("--warm", nargs="+", metavar="TASK", help="targets of warm starts")
     parser.add_argument("--seed", type=int, default=0, help="of the warm starts' draw (default 0)")
+    parser.add_argument("--steps", type=int, default=40, help="of 16 examples of every warm start (default 40)")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pool = pt.ExpertPool(arguments.pool)
     backbone = _backbone(pool)
     for name in arguments.warm or ():
-        rows = warm(backbone, pool, name, arguments.limit, arguments.seed)
+        rows = warm(backbone, pool, name, arguments.limit, arguments.seed, arguments.steps)
         print(name)
         for key, (value, loss) in sorted(rows.items(), key=lambda row: -row[1][0]):
             print(f"  {key:<26}{value:6.1f}{loss:8.3f}", flush=True)
