@@ -18,6 +18,9 @@ from typing import Any
 from pituning.example import Example
 from pituning.experiments.cells import write_json
 
+REVISION = 3
+"""To be raised with every change to the arms that changes a figure: cells of an earlier one are not used again."""
+
 
 def digest(values: Any) -> str:
     """16 hexadecimal digits of SHA-256 over plain values.

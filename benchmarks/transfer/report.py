@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.plots import signed
 from benchmarks.transfer.arms import ARMS
-from benchmarks.transfer.cells import digest, write_parquet
+from benchmarks.transfer.cells import REVISION, digest, write_parquet
 from benchmarks.transfer.intervals import Difference, Values, paired_difference
 from benchmarks.transfer.suites import Suite
 from pituning.errors import PituningError
@@ -91,7 +91,7 @@ class Found:
 
 
 def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) -> Found:
-    """The cells that belong to a suite as it is now: same settings, same arms; of one environment.
+    """The cells that belong to a suite as it is now: same revision, settings and arms; of one environment.
 
     Args:
         environment: its digest; by default the one with the most cells.
@@ -104,7 +104,12 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
     by_environment: dict[str, list[Cell]] = {}
     for cell in cells:
         common, own = cell["identity"]["common"], cell["identity"]["cell"]
-        fits = own["task"] in suite.targets and own["shots"] in suite.shots and own["seed"] in suite.seeds
+        fits = (
+            common["revision"] == REVISION
+            and own["task"] in suite.targets
+            and own["shots"] in suite.shots
+            and own["seed"] in suite.seeds
+        )
         if fits and common["settings"] == settings and wanted.get(own["arm"]["name"]) == own["arm"]:
             by_environment.setdefault(digest(common), []).append(cell)
     if environment is None:

@@ -17,7 +17,7 @@ import torch
 
 import pituning
 from benchmarks.transfer.arms import ARMS
-from benchmarks.transfer.cells import Cells, digest, digest_examples
+from benchmarks.transfer.cells import REVISION, Cells, digest, digest_examples
 from benchmarks.transfer.setting import Setting, recipe_of
 from benchmarks.transfer.sharing import Shared
 from benchmarks.transfer.sources import AUDITED, SourceRows, Tasks, pool_digest, source_rows, train_sources
@@ -27,9 +27,6 @@ from pituning.errors import unknown_name
 from pituning.experts.pool import ExpertPool
 from pituning.tasks.task import Task, load_task
 from pituning.training.evaluation import evaluate
-
-REVISION = 3
-"""To be raised with every change to the arms that changes a figure: cells of an earlier one are not used again."""
 
 DETAILS = ("learning_rate", "steps", "experts", "weights", "chosen")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.transfer.arms import ARMS
-from benchmarks.transfer.cells import Cells
+from benchmarks.transfer.cells import REVISION, Cells
 from benchmarks.transfer.intervals import paired_difference
 from benchmarks.transfer.report import Commands, block, gather
 from benchmarks.transfer.running import Bench, load_tasks, prepared, run
@@ -163,7 +163,14 @@ def test_every_arm_runs_on_a_tiny_ofa(
 
 def made(arm: str, task: str, seed: int, value: float) -> dict[str, Any]:
     """A cell with what the tables read."""
-    common = {"settings": TABLE1.settings(), "backbone": "b", "device": "cpu", "precision": "fp32", "versions": {}}
+    common = {
+        "revision": REVISION,
+        "settings": TABLE1.settings(),
+        "backbone": "b",
+        "device": "cpu",
+        "precision": "fp32",
+        "versions": {},
+    }
     own = {"arm": ARMS[arm].identity(), "task": task, "shots": 64, "seed": seed, "data": "d"}
     cell = {"arm": arm, "task": task, "shots": 64, "seed": seed, "identity": {"common": common, "cell": own}}
     figures = {"metric": "accuracy", "value": value, "log_loss": 0.5, "seconds": 1.0}

@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.pages import fill
 from benchmarks.transfer.__main__ import main
 from benchmarks.transfer.arms import ARMS, rescaled
-from benchmarks.transfer.cells import Cells, claimed, digest, read_parquet
+from benchmarks.transfer.cells import REVISION, Cells, claimed, digest, read_parquet
 from benchmarks.transfer.descent import fully_tuned
 from benchmarks.transfer.intervals import paired_difference, resampled_means
 from benchmarks.transfer.report import Commands, block, differences, gather, keep
@@ -568,6 +568,7 @@ FIGURES = {
 
 def cell(arm: str, task: str, seed: int, value: float, suite: Suite = SMALL, **common: Any) -> dict[str, Any]:
     shared = {
+        "revision": REVISION,
         "settings": suite.settings(),
         "backbone": "b",
         "device": "cpu",
@@ -635,7 +636,8 @@ def test_a_partial_suite_is_not_called_complete_and_says_what_is_missing(figures
 def test_cells_of_other_settings_are_not_mixed_in(figures: list[dict[str, Any]], message: Callable[..., str]) -> None:
     other_device = [cell("pi", "mrpc", 0, 0.0, device="cuda")]
     other_grid = [cell("pi", "mrpc", 0, 0.0, replace(SMALL, search=Search(steps=7)))]
-    found = gather(SMALL, [*other_grid, *figures, *other_device])
+    earlier = [cell("pi", "mrpc", 0, 0.0, revision=REVISION - 1)]
+    found = gather(SMALL, [*other_grid, *earlier, *figures, *other_device])
     assert len(found.cells) == 18
     assert [len(cells) for cells in found.others.values()] == [1]
     assert "are left out: 1 of" in block(found, [], COMMANDS, {})
