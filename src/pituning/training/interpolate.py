@@ -18,13 +18,13 @@ from pituning.interpolation.build import Granularity
 from pituning.tasks.task import Task
 from pituning.training.blend import Candidate, Interpolation, blended_card, collapsed, require_rank
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_one_standard_error
+from pituning.training.evaluation import bias_calibrated_losses, log_loss
 from pituning.training.starts import (
     blend_start,
-    expert_log_loss,
+    expert_log_probabilities,
     initial_weights,
     kept_start,
     require_consistent,
-    warm_start_loss,
 )
 from pituning.training.train_expert import fold_experts
 from pituning.training.trainer import fit
@@ -111,7 +111,8 @@ def choose(
     for expert in (*experts, *([own] if own else [])):
         expert.require_backbone(backbone)
     examples = task.split("train")
-    losses = [expert_log_loss(backbone, e, task) for e in experts]
+    predicted = [expert_log_probabilities(backbone, e, task) for e in experts]
+    losses = [log_loss(log_p, examples) for log_p in predicted]
     compared = include_own is not False or alternatives  # the own expert, with one of the candidates or as one
     folds = _own_folds(backbone, task, own, search, own_folds) if own is not None and compared else {}
     plans: list[_Plan] = []
@@ -129,7 +130,8 @@ def choose(
         start = blend_start(backbone, experts, weights, folds, **how)
         plans.append(_Plan("interpolation with the own expert", (*experts, own), weights, start, search, granularity))
     if alternatives:
-        best = min(experts, key=lambda e: warm_start_loss(backbone, e, task))
+        calibrated = [float(bias_calibrated_losses(log_p, examples).mean()) for log_p in predicted]
+        best = experts[calibrated.index(min(calibrated))]  # as the default similarity has them
         start = blend_start(backbone, [best], [1.0], train="experts", granularity="model")
         plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start, plain, "model"))
         if own is not None:

@@ -17,7 +17,7 @@ from pituning.methods.attach import attached, config_dict, initial_tensors
 from pituning.methods.presets import make_config
 from pituning.tasks.task import Task
 from pituning.training.crossfit import Start
-from pituning.training.evaluation import bias_calibrated_losses, log_probabilities, mean_log_loss
+from pituning.training.evaluation import log_loss, log_probabilities
 
 INITS = ("uniform", "similarity", "score")
 INCLUDE_OWN = ("auto", True, False)
@@ -128,18 +128,12 @@ def score_weights(losses: Sequence[float], examples: int, sharpness: float = 0.2
     return weights
 
 
+def expert_log_probabilities(backbone: Backbone, expert: Expert, task: Task) -> Tensor:
+    """:func:`log_probabilities` of an expert, as it is, on the target's training examples."""
+    with attached(backbone, expert.config, expert.tensors):
+        return log_probabilities(backbone, task.split("train"))
+
+
 def expert_log_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
     """Mean log-loss of an expert, as it is, on the target's training examples."""
-    with attached(backbone, expert.config, expert.tensors):
-        return mean_log_loss(backbone, task.split("train"))
-
-
-def warm_start_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
-    """How bad a place to start from an expert is: its mean log-loss on the target's training examples, calibrated.
-
-    The default similarity, calibrated-score, is this with the sign changed: it predicts gains of warm starts better than the
-    log-loss as it is (docs/similarity.md).
-    """
-    examples = task.split("train")
-    with attached(backbone, expert.config, expert.tensors):
-        return float(bias_calibrated_losses(log_probabilities(backbone, examples), examples).mean())
+    return log_loss(expert_log_probabilities(backbone, expert, task), task.split("train"))
