@@ -25,7 +25,7 @@ from benchmarks.transfer.suites import SUITES, Suite, suite_named
 from pituning.backbones import Backbone, load_backbone
 from pituning.errors import PituningError
 from pituning.experiments.cells import write_json
-from pituning.training.precision import PRECISIONS, precision
+from pituning.training.precision import PRECISIONS, has_fast_bf16, precision
 
 PAGE = Path("docs/transfer.md")
 FIGURES = Path("benchmarks/figures/transfer")
@@ -61,6 +61,8 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
     part.wanted(suite)  # a wrong name must not cost an hour
     tasks = load_tasks(suite, options.data)
     backbone = _backbone(suite, options)
+    if options.precision == ROUNDED and not has_fast_bf16(backbone.device):
+        say(f"--precision {ROUNDED}: this processor has no instructions for bfloat16 and is many times faster with fp32")
     gc.collect()
     gc.freeze()  # every `Trainer` collects garbage, and has neither libraries nor data to go through then
     with nullcontext() if options.precision == ROUNDED else precision(backbone, options.precision):

@@ -39,7 +39,7 @@ def precision(backbone: Backbone, name: str) -> Iterator[None]:
             "precision 'bf16': a bfloat16 matrix product kills a Python process on this machine (the processor announces "
             f"instructions that it may not use); use 'fp32', or start with the environment variable {_WITHOUT_AMX} set"
         )
-    if name == "fp32" or (name == "auto" and not _has_fast_bf16(backbone.device)):
+    if name == "fp32" or (name == "auto" and not has_fast_bf16(backbone.device)):
         yield
         return
     config = backbone.model.config
@@ -55,7 +55,8 @@ def precision(backbone: Backbone, name: str) -> Iterator[None]:
         backbone.model.set_attn_implementation(before)
 
 
-def _has_fast_bf16(device: torch.device) -> bool:
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 that work; a CPU without them is many times slower in it than in fp32."""
     if device.type != "cpu":
         return True
     capabilities = torch.cpu.get_capabilities()
