@@ -219,6 +219,7 @@ def pi(draw: Draw) -> list[Interpolation]:
     """π as shipped, once per training seed."""
     section = draw.recipe.interpolation
     search = Search(**{**vars(draw.search), "alpha_learning_rate": section.alpha_learning_rate})
+    own_takes_part = section.include_own is not False or section.alternatives
     choice = choose(
         draw.backbone,
         draw.task,
@@ -230,6 +231,7 @@ def pi(draw: Draw) -> list[Interpolation]:
         include_own=section.include_own,
         alternatives=section.alternatives,
         search=search,
+        own_folds=draw.own_folds if own_takes_part else None,  # `own-extra` has trained them
     )
     return [choice.refit(seed) for seed in draw.recipe.training_seeds]
 

@@ -56,7 +56,7 @@ def precision(backbone: Backbone, name: str) -> Iterator[None]:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 that work; a CPU without them is many times slower in it than in fp32."""
+    """Whether the device has instructions for bfloat16 that work; a CPU without them is many times slower in it."""
     if device.type != "cpu":
         return True
     capabilities = torch.cpu.get_capabilities()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -432,6 +433,32 @@ def test_answers_share_the_encoded_sources(ofa: OFAForConditionalGeneration, inp
     score_answers(ofa, inputs, LONG_ANSWERS, rows_per_pass=12)
     assert encoded == [3]
     assert decoded == [(12, 3), (6, 3)]
+
+
+def test_over_a_trie_only_what_tells_answers_apart_is_decoded(ofa: OFAForConditionalGeneration, inputs: Inputs) -> None:
+    decoded: list[tuple[int, ...]] = []
+    ofa.model.decoder.register_forward_pre_hook(lambda m, a: decoded.append(tuple(a[0].shape)))
+    score_answers(ofa, inputs, LONG_ANSWERS, trie=TokenTrie(LONG_ANSWERS))
+    assert decoded == [(3, 3)], "start, 5, 9: nothing else has two ways to go on"
+    alone = score_answers(ofa, inputs, [[5, 9]], trie=TokenTrie([[5, 9]]))
+    assert len(decoded) == 1
+    assert alone.tolist() == [[0.0]] * 3, "the only answer is certain"
+
+
+@pytest.mark.parametrize("rows_per_pass", [1, 20, 1000])
+def test_scores_over_a_trie_of_many_branches_are_those_of_the_targets(inputs: Inputs, rows_per_pass: int) -> None:
+    ofa = build_ofa(torch.float64)
+    inputs["patch_images"] = inputs["patch_images"].double()
+    drawn = random.Random(0)
+    answers = [list(a) for a in {tuple(drawn.choices(range(4, 8), k=drawn.randrange(5))) for _ in range(60)}]
+    trie = TokenTrie(answers)
+    prompts = torch.tensor([[PAD, PAD], [8, 9], [10, PAD]])
+    asked = answers[::2]
+    with torch.no_grad():
+        found = score_answers(ofa, inputs, asked, trie=trie, decoder_prompts=prompts, rows_per_pass=rows_per_pass)
+        for n, answer in enumerate(asked):
+            one = target_log_probs(ofa, inputs, [answer] * 3, tries=[trie] * 3, decoder_prompts=prompts)
+            torch.testing.assert_close(found[:, n], one, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("with_tries", ["none", "some", "all", "one"])

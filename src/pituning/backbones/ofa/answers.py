@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,9 @@ def score_answers(
 ) -> Tensor:
     """Log-probability of each candidate as the whole answer to each example, its end included: ``[batch, answers]``.
 
-    Differentiable, in whatever mode the model is. The encoder runs once and no encoded source is repeated.
+    Differentiable, in whatever mode the model is. The encoder runs once and no encoded source is repeated. Over a trie,
+    answers with a common beginning share its decoder row, and a token that is the only one allowed has probability 1 and
+    is not computed.
 
     Args:
         inputs: the encoder's arguments, or what it returned for them.
@@ -49,17 +51,80 @@ def score_answers(
     batch = len(encoded.last_hidden_state)
     prompts = prompt_rows(decoder_prompts, batch, model.config)
     readout = Readout(model, None if trie is None else trie.tokens())
+    if trie is not None:
+        return _scores_over_trie(model, encoded, prompts, answers, trie, readout, rows_per_pass)
     order = sorted(range(len(answers)), key=lambda n: len(answers[n]))  # answers of similar length need less padding
     count = max(1, rows_per_pass // batch)
     passes: list[Tensor] = []
     for start in range(0, len(order), count):
         chunk = [answers[n] for n in order[start : start + count]]
-        pairs = [_Pair(prompt, answer, trie) for prompt in prompts for answer in chunk]
+        pairs = [_Pair(prompt, answer, None) for prompt in prompts for answer in chunk]
         passes.append(_pair_log_probs(model, encoded, pairs, readout).view(batch, len(chunk)))
     if not passes:
         return torch.zeros(batch, 0, dtype=readout.dtype, device=readout.device)
     scores = torch.cat(passes, dim=1)
     return scores.index_select(1, torch.tensor(order, device=scores.device).argsort())
+
+
+def _scores_over_trie(
+    model: OFAForConditionalGeneration,
+    encoded: OFAEncoderOutput,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    trie: TokenTrie,
+    readout: Readout,
+    rows_per_pass: int,
+) -> Tensor:
+    """``[batch, answers]``: log p of the tokens at which an answer parts from others."""
+    bos, _, eos = special_tokens(model.config)
+    choices: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # beginning → (answer, its next token)
+    for index, answer in enumerate(answers):
+        _require_in(trie, answer)
+        for position, token in enumerate([*answer, eos]):
+            if len(trie.allowed_next(answer[:position])) > 1:
+                choices.setdefault(tuple(answer[:position]), []).append((index, token))
+    batch, device = len(prompts), readout.device
+    scores = torch.zeros(batch, len(answers), dtype=readout.dtype, device=device)
+    rows = _longest(choices)
+    count = max(1, rows_per_pass // batch)
+    for start in range(0, len(rows), count):
+        chunk = rows[start : start + count]
+        written = pad_sequence(
+            [torch.tensor([bos, *prompt, *row[-1]]) for prompt in prompts for row in chunk], batch_first=True
+        ).to(device)
+        # padding stands behind everything that is read, where the causal mask hides it
+        decoded = model.model.decoder(written, encoded, attention_mask=torch.ones_like(written))["last_hidden_state"]
+        prefixes = [prefix for row in chunk for prefix in row]
+        of_row = torch.tensor([n for n, row in enumerate(chunk) for _ in row], device=device)
+        length = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+        prompted = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
+        hidden = decoded[torch.arange(batch, device=device)[:, None] * len(chunk) + of_row, prompted + length]
+        allowed = allowed_mask([(trie, prefix) for prefix in prefixes], readout)
+        log_p = readout(hidden.flatten(0, 1)).view(batch, len(prefixes), -1).masked_fill(~allowed, NEVER).log_softmax(2)
+        taken = [(place, *choice) for place, prefix in enumerate(prefixes) for choice in choices[prefix]]
+        places, indices, tokens = (torch.tensor(values, device=device) for values in zip(*taken, strict=True))
+        scores = scores.index_add(1, indices, log_p[:, places, readout.columns(tokens)])
+    return scores
+
+
+def _longest(prefixes: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """The beginnings that no other one begins with, each behind those that it begins with itself and no earlier one has.
+
+    >>> _longest([(), (5,), (5, 9), (7,)])
+    [[(7,)], [(), (5,), (5, 9)]]
+    """
+    rows: list[list[tuple[int, ...]]] = []
+    for prefix in sorted(prefixes):  # right before the first of those that begin with it
+        if rows and prefix[: len(rows[-1][-1])] == rows[-1][-1]:
+            rows[-1].append(prefix)
+        else:
+            rows.append([prefix])
+    return sorted(rows, key=lambda row: len(row[-1]))  # rows of similar length need less padding
+
+
+def _require_in(trie: TokenTrie, answer: Sequence[int]) -> None:
+    if answer not in trie:
+        raise PituningError(f"the answer with the tokens {list(answer)} is not in the trie: insert it, or use no trie")
 
 
 def target_log_probs(
@@ -113,10 +178,8 @@ def _pair_log_probs(
     bos, _, eos = special_tokens(model.config)
     row, place, target, prefixes = [], [], [], []
     for index, (prompt, answer, trie) in enumerate(pairs):
-        if trie is not None and answer not in trie:
-            raise PituningError(
-                f"the answer with the tokens {list(answer)} is not in the trie: insert it, or use no trie"
-            )
+        if trie is not None:
+            _require_in(trie, answer)
         for position, token in enumerate([*answer, eos]):
             row.append(index)
             place.append(len(prompt) + position)
