@@ -62,7 +62,9 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
     tasks = load_tasks(suite, options.data)
     backbone = _backbone(suite, options)
     if options.precision == ROUNDED and not has_fast_bf16(backbone.device):
-        say(f"--precision {ROUNDED}: this processor has no instructions for bfloat16 and is many times faster with fp32")
+        say(
+            f"--precision {ROUNDED}: this processor has no instructions for bfloat16 and is many times faster with fp32"
+        )
     gc.collect()
     gc.freeze()  # every `Trainer` collects garbage, and has neither libraries nor data to go through then
     with nullcontext() if options.precision == ROUNDED else precision(backbone, options.precision):

@@ -204,8 +204,7 @@ def test_score_weighted_soups(
     bert: Backbone, experts: list[Expert], helped: Task, log_p_of: Any, lora_deltas: Any, with_deltas: Any
 ) -> None:
     examples, log_p = helped.split("train"), log_p_of(helped)
-    truth = torch.tensor([e.label for e in examples])
-    losses = [float(-log_p([i]).gather(1, truth[:, None]).mean()) for i in (0, 1)]
+    losses = [float(bias_calibrated_losses(log_p([i]), examples).mean()) for i in (0, 1)]
     weights = torch.softmax(-0.25 * len(examples) * torch.tensor(losses), 0).tolist()
     deltas = [lora_deltas(e) for e in experts[:2]]
     with (

@@ -30,13 +30,7 @@ SHORT = TrainSettings(learning_rate=1e-2, steps=2, batch_size=16)
 METHODS = ("lora", "bottleneck")
 
 
-def log_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
-    with torch.no_grad(), attached(backbone, expert.config, expert.tensors):
-        losses = [backbone.loss(backbone.collate([e]))[0] for e in task.split("train")]
-    return float(torch.stack(losses).double().mean())
-
-
-def warm_start_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
+def calibrated_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
     """One example at a time; the calibration has a slow check of its own in test_evaluation."""
     examples = task.split("train")
     with torch.no_grad(), attached(backbone, expert.config, expert.tensors):
@@ -104,8 +98,8 @@ def test_runs_and_compares_every_candidate(
     result = interpolate(
         bert, task, experts, own_of("encoder", method), train=train, include_own=include_own, search=SEARCH, name="pi"
     )
-    losses = [log_loss(bert, e, task) for e in experts]
-    best = experts[int(np.argmin([warm_start_loss(bert, e, task) for e in experts]))]
+    losses = [calibrated_loss(bert, e, task) for e in experts]
+    best = experts[int(np.argmin(losses))]
     names = {f"warm start from {best.name}", "keep the own expert"}
     names |= {"interpolation of the experts"} if include_own is not True else set()
     names |= {"interpolation with the own expert"} if include_own is not False else set()
@@ -179,7 +173,7 @@ def test_a_soup_is_the_sum_with_the_evidences_weights(
 ) -> None:
     task, experts = make_task(), random_experts(bert, "lora", 3, 6)
     result = interpolate(bert, task, experts, train="none", alternatives=False, search=SEARCH, granularity="model")
-    weights = by_evidence([log_loss(bert, e, task) for e in experts], 12)
+    weights = by_evidence([calibrated_loss(bert, e, task) for e in experts], 12)
     dense: dict[str, Tensor] = {}
     for weight, expert in zip(weights, experts, strict=True):
         for name, delta in lora_deltas(expert).items():
@@ -230,7 +224,7 @@ def test_with_the_own_expert_the_weights_stay(
     """α would be fitted on the shots that the own expert has seen."""
     own = own_of("encoder", "bottleneck")
     monkeypatch.setattr(module, "fold_experts", lambda *_, **__: dict.fromkeys((None, 0, 1), own))
-    prefer(monkeypatch, 1)  # the first call measures the own expert
+    prefer(monkeypatch, 0)
     experts = random_experts(bert, "bottleneck", 2, 9)
     result = interpolate(
         bert, make_task(), experts, own, include_own=True, train="experts", search=SEARCH, init="uniform"
@@ -282,7 +276,7 @@ def test_a_warm_start_is_plain_fine_tuning_of_the_nearest_expert(
 ) -> None:
     prefer(monkeypatch, 1, steps=3)
     task, experts = make_task(), random_experts(bert, "bottleneck", 2, 11)
-    best = experts[int(np.argmin([warm_start_loss(bert, e, task) for e in experts]))]
+    best = experts[int(np.argmin([calibrated_loss(bert, e, task) for e in experts]))]
     result = interpolate(bert, task, experts, search=SEARCH)
     with attached(bert, best.config, best.tensors) as site:
         parameters = list(site.parameters.values())

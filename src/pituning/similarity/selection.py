@@ -23,7 +23,7 @@ from pituning.similarity.measures import SCORES, weight_similarity
 from pituning.similarity.select import Ranking
 from pituning.tasks.task import Task
 from pituning.training.crossfit import Search, within_one_standard_error
-from pituning.training.evaluation import calibrated_losses, log_loss, log_probabilities
+from pituning.training.evaluation import bias_calibrated_losses, calibrated_losses, log_probabilities
 from pituning.training.module import running
 from pituning.training.starts import score_weights
 from pituning.training.train_expert import fold_experts
@@ -235,10 +235,9 @@ class _Shots:
     def _weights(self, members: Sequence[int], rows: Sequence[int]) -> list[float]:
         if self.soup == "uniform" or len(members) < 2:
             return [1 / len(members) for _ in members]
-        return score_weights([self._single(i, rows) for i in members], len(rows))
-
-    def _single(self, member: int, rows: Sequence[int]) -> float:
-        return log_loss(self.log_p([member], rows)[list(rows)], [self.examples[r] for r in rows])
+        examples = [self.examples[row] for row in rows]
+        single = [bias_calibrated_losses(self.log_p([i], rows)[list(rows)], examples) for i in members]
+        return score_weights([float(losses.mean()) for losses in single], len(rows))
 
     def _run(self, experts: Sequence[Expert], weights: Sequence[float]) -> Tensor:
         if not experts:

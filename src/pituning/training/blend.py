@@ -14,7 +14,7 @@ from pituning.interpolation.build import Granularity, group_names, is_lora
 from pituning.interpolation.collapse import collapse
 from pituning.interpolation.mixture import Mixture
 from pituning.tasks.task import Task
-from pituning.training.starts import blend_start, expert_log_loss, initial_weights, require_consistent
+from pituning.training.starts import blend_start, calibrated_loss, initial_weights, require_consistent
 from pituning.training.train_expert import dev_examples
 from pituning.training.trainer import TrainSettings, fit, settings_dict
 
@@ -115,8 +115,9 @@ def blend(
     members = (*experts, *([own] if own is not None else []))
     for expert in members:
         expert.require_backbone(backbone)
-    losses = [expert_log_loss(backbone, e, task) for e in members] if init == "score" else [0.0] * len(members)
-    weights = initial_weights(init, losses, similarities, len(task.split("train")), own=own is not None)
+    examples = task.split("train")
+    losses = [calibrated_loss(backbone, e, examples) for e in members] if init == "score" else [0.0] * len(members)
+    weights = initial_weights(init, losses, similarities, len(examples), own=own is not None)
     start = blend_start(
         backbone, members, weights,
         train=train, granularity=granularity, coefficients=coefficients, temperature=temperature,
@@ -124,7 +125,7 @@ def blend(
     mixture, config = start(None)
     settings = settings.with_(seed=seed)
     result = fit(
-        backbone, mixture, config, task.split("train"), settings,
+        backbone, mixture, config, examples, settings,
         held_out=dev_examples(task), folder=folder, resume=resume, progress=progress,
     )  # fmt: skip
     card = blended_card(backbone, task, members, mixture, settings, name)

@@ -20,7 +20,7 @@ from pituning.backbones.base import Backbone
 from pituning.data.fewshot import stratified_folds
 from pituning.example import Example
 from pituning.interpolation.mixture import Mixture
-from pituning.training.evaluation import calibrated_losses, log_loss, log_probabilities
+from pituning.training.evaluation import calibrated_losses, log_probabilities
 from pituning.training.module import running
 from pituning.training.trainer import TrainSettings, fit
 
@@ -72,7 +72,6 @@ class CrossFit:
     """The outcome: the best cell, its held-out calibrated log-loss, and the whole grid.
 
     Attributes:
-        plain_loss: the same without calibration (of open-ended tasks nothing is calibrated).
         curves: learning rate → step → calibrated log-loss over the held-out examples of all folds.
         losses: the best cell's loss per held-out example; the order is the same for every start.
     """
@@ -80,7 +79,6 @@ class CrossFit:
     learning_rate: float
     steps: int
     loss: float
-    plain_loss: float = 0.0
     curves: Mapping[float, Mapping[int, float]] = field(default_factory=dict)
     losses: Tensor = field(default_factory=lambda: torch.zeros(0), compare=False, repr=False)
 
@@ -99,20 +97,19 @@ def cross_fit(
     folds = stratified_folds(examples, search.folds, search.fold_seed)
     held = [example for _, part in folds for example in part]
     losses: dict[tuple[float, int], Tensor] = {}
-    plain: dict[tuple[float, int], float] = {}
     for rate in sorted(search.learning_rates):
         begun = [start(i) for i in range(len(folds))]
         curves = [_fold_curve(backbone, b, parts, search, rate, seed) for b, parts in zip(begun, folds, strict=True)]
         for step in curves[0]:
             log_p = torch.cat([curve[step] for curve in curves])
-            losses[rate, step], plain[rate, step] = calibrated_losses(log_p, held), log_loss(log_p, held)
+            losses[rate, step] = calibrated_losses(log_p, held)
         if not any(p.requires_grad for n, p in begun[0][0].named_parameters() if n != "alpha"):
             break  # nothing is trained to which the rate applies
     rate, step = choose_cell(losses, warm)
     means: dict[float, dict[int, float]] = {}
     for (r, s), values in losses.items():
         means.setdefault(r, {})[s] = float(values.mean())
-    return CrossFit(rate, step, means[rate][step], plain[rate, step], means, losses[rate, step])
+    return CrossFit(rate, step, means[rate][step], means, losses[rate, step])
 
 
 def choose_cell(losses: Mapping[tuple[float, int], Tensor], warm: bool) -> tuple[float, int]:

@@ -18,10 +18,10 @@ from pituning.interpolation.build import Granularity
 from pituning.tasks.task import Task
 from pituning.training.blend import Candidate, Interpolation, blended_card, collapsed, require_rank
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_one_standard_error
-from pituning.training.evaluation import bias_calibrated_losses, log_loss
 from pituning.training.starts import (
     blend_start,
-    expert_log_probabilities,
+    calibrated_loss,
+    held_out_calibrated_loss,
     initial_weights,
     kept_start,
     require_consistent,
@@ -92,11 +92,11 @@ def choose(
         granularity: who shares weights: ``model``, ``encoder-decoder``, ``layer``, ``attention`` (the paper's LoRA),
             ``module`` (its adapters), ``tensor`` or a function; see :func:`pituning.interpolation.build.group_name`.
         init: starting weights: ``"uniform"``, ``"similarity"`` (softmax of ``similarities``), ``"score"`` (from each
-            expert's log-loss on the shots) or K numbers.
+            expert's log-loss on the shots, after a temperature and a bias per answer) or K numbers.
         include_own: whether the own expert is one of the blended; ``"auto"`` lets cross-fitting decide. Where it is,
             α is not trained: it would be fitted on the shots that the own expert has seen.
-        alternatives: also compare a warm start from the expert of the lowest log-loss on the shots after a temperature and a
-            bias per answer, which is the first of a ranking by ``calibrated-score``, and the own expert as it is.
+        alternatives: also compare a warm start from the expert of the lowest such log-loss, which is the first of a ranking
+            by ``calibrated-score``, and the own expert as it is.
         coefficients, temperature: from α to the weights; see :class:`pituning.interpolation.Coefficients`.
         search: learning rates, steps and folds, the same for every candidate. With ``optimizer="cma"`` and
             ``train="weights"`` the weights of the interpolation are learned without gradients.
@@ -111,8 +111,7 @@ def choose(
     for expert in (*experts, *([own] if own else [])):
         expert.require_backbone(backbone)
     examples = task.split("train")
-    predicted = [expert_log_probabilities(backbone, e, task) for e in experts]
-    losses = [log_loss(log_p, examples) for log_p in predicted]
+    losses = [calibrated_loss(backbone, e, examples) for e in experts]
     compared = include_own is not False or alternatives  # the own expert, with one of the candidates or as one
     folds = _own_folds(backbone, task, own, search, own_folds) if own is not None and compared else {}
     plans: list[_Plan] = []
@@ -125,13 +124,12 @@ def choose(
         start = blend_start(backbone, experts, weights, **how)
         plans.append(_Plan("interpolation of the experts", tuple(experts), weights, start, search, granularity))
     if own is not None and include_own is not False:
-        own_loss = cross_fit(backbone, kept_start(folds), examples, search).plain_loss  # as the others'
+        own_loss = held_out_calibrated_loss(backbone, folds, examples, search)
         weights = initial_weights(init, [*losses, own_loss], similarities, len(examples), own=True)
         start = blend_start(backbone, experts, weights, folds, **how)
         plans.append(_Plan("interpolation with the own expert", (*experts, own), weights, start, search, granularity))
     if alternatives:
-        calibrated = [float(bias_calibrated_losses(log_p, examples).mean()) for log_p in predicted]
-        best = experts[calibrated.index(min(calibrated))]  # as the default similarity has them
+        best = experts[losses.index(min(losses))]  # the first by the default similarity
         start = blend_start(backbone, [best], [1.0], train="experts", granularity="model")
         plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start, plain, "model"))
         if own is not None:

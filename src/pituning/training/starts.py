@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from pituning.backbones.base import Backbone
+from pituning.data.fewshot import stratified_folds
 from pituning.errors import PituningError, RefusedError
+from pituning.example import Example
 from pituning.experts.expert import Expert, initial_of
 from pituning.interpolation.build import Granularity, build_mixture, is_lora
 from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import attached, config_dict, initial_tensors
 from pituning.methods.presets import make_config
 from pituning.tasks.task import Task
-from pituning.training.crossfit import Start
-from pituning.training.evaluation import log_loss, log_probabilities
+from pituning.training.crossfit import Search, Start
+from pituning.training.evaluation import bias_calibrated_losses, log_loss, log_probabilities
 
 INITS = ("uniform", "similarity", "score")
 INCLUDE_OWN = ("auto", True, False)
@@ -122,18 +124,37 @@ def score_weights(losses: Sequence[float], examples: int, sharpness: float = 0.2
 
     With sharpness 1 this is the posterior of K equally likely models given N independent examples; experts are correlated
     and their log-losses noisy, so less than the full evidence is counted.
+
+    Args:
+        losses: mean log-loss of each, after calibration (:func:`calibrated_loss`): experts of other tasks differ by nats in
+            how sure of themselves they are, and one would take all the weight for being in doubt.
     """
     evidence = -sharpness * examples * torch.tensor(losses, dtype=torch.float64)
     weights: list[float] = torch.softmax(evidence, 0).tolist()
     return weights
 
 
-def expert_log_probabilities(backbone: Backbone, expert: Expert, task: Task) -> Tensor:
-    """:func:`log_probabilities` of an expert, as it is, on the target's training examples."""
+def expert_log_probabilities(backbone: Backbone, expert: Expert, examples: Sequence[Example]) -> Tensor:
+    """:func:`log_probabilities` of an expert, as it is."""
     with attached(backbone, expert.config, expert.tensors):
-        return log_probabilities(backbone, task.split("train"))
+        return log_probabilities(backbone, examples)
+
+
+def calibrated_loss(backbone: Backbone, expert: Expert, examples: Sequence[Example]) -> float:
+    """Mean :func:`bias_calibrated_losses` of an expert, as it is: minus its similarity by ``calibrated-score``."""
+    return float(bias_calibrated_losses(expert_log_probabilities(backbone, expert, examples), examples).mean())
+
+
+def held_out_calibrated_loss(
+    backbone: Backbone, own: Mapping[int | None, Expert], examples: Sequence[Example], search: Search
+) -> float:
+    """The same of the own expert, each fold by the one that was trained without it."""
+    held = [part for _, part in stratified_folds(examples, search.folds, search.fold_seed)]
+    log_p = torch.cat([expert_log_probabilities(backbone, own[fold], part) for fold, part in enumerate(held)])
+    return float(bias_calibrated_losses(log_p, [example for part in held for example in part]).mean())
 
 
 def expert_log_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
     """Mean log-loss of an expert, as it is, on the target's training examples."""
-    return log_loss(expert_log_probabilities(backbone, expert, task), task.split("train"))
+    examples = task.split("train")
+    return log_loss(expert_log_probabilities(backbone, expert, examples), examples)
