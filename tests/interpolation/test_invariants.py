@@ -34,7 +34,7 @@ from pituning.methods import attached, config_dict, initial_tensors, make_config
 from pituning.training.module import running
 from tests.conftest import VOCABULARY, build_ofa, build_tokenizer
 
-CASES = int(os.environ.get("PITUNING_CASES", "250"))
+CASES = int(os.environ.get("PITUNING_CASES", "120"))
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 PREFIX = "base_model.model."
 METHODS = {

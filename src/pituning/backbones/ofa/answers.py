@@ -77,12 +77,12 @@ def _scores_over_trie(
 ) -> Tensor:
     """``[batch, answers]``: log p of the tokens at which an answer parts from others."""
     bos, _, eos = special_tokens(model.config)
-    choices: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # beginning → (answer, its next token)
+    next_tokens: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # beginning → (answer, its next token)
     for index, answer in enumerate(answers):
         _require_in(trie, answer)
         for position, token in enumerate([*answer, eos]):
-            if len(trie.allowed_next(answer[:position])) > 1:
-                choices.setdefault(tuple(answer[:position]), []).append((index, token))
+            next_tokens.setdefault(tuple(answer[:position]), []).append((index, token))
+    choices = {prefix: found for prefix, found in next_tokens.items() if len(trie.allowed_next(prefix)) > 1}
     batch, device = len(prompts), readout.device
     scores = torch.zeros(batch, len(answers), dtype=readout.dtype, device=device)
     rows = _longest(choices)
