@@ -22,12 +22,11 @@ from pituning.experts.expert import Expert, initial_of
 from pituning.interpolation.build import is_lora
 from pituning.interpolation.collapse import collapse
 from pituning.interpolation.operators import merge
-from pituning.methods.attach import attached
 from pituning.training.blend import Interpolation
 from pituning.training.crossfit import choose_cell, cross_fit
-from pituning.training.evaluation import calibrated_losses, log_probabilities
-from pituning.training.interpolate import ALPHA_LEARNING_RATE, choose
-from pituning.training.starts import blend_start, expert_log_loss
+from pituning.training.evaluation import calibrated_losses, log_loss
+from pituning.training.interpolate import ALPHA_LEARNING_RATE, choose, own_is_compared
+from pituning.training.starts import blend_start, expert_log_probabilities
 from pituning.training.train_expert import train_expert
 from pituning.training.trainer import fit
 
@@ -113,8 +112,7 @@ def _own_rescaled(setting: Setting) -> Outcome:
         rows: list[Tensor] = []
         for index, (_, part) in enumerate(folds):
             expert = rescaled(setting, setting.own_folds[index], scale)
-            with attached(backbone, expert.config, expert.tensors):
-                rows.append(log_probabilities(backbone, part))
+            rows.append(expert_log_probabilities(backbone, expert, part))
         losses[scale] = float(calibrated_losses(torch.cat(rows), held).mean())
     best = min(SCALES, key=lambda s: (losses[s], abs(s - 1), s))
     details = {"scale": best, "cross-fitted log-loss": losses[best], "losses": {str(s): losses[s] for s in SCALES}}
@@ -145,7 +143,7 @@ def _soup(setting: Setting) -> Outcome:
 
 def _greedy_soup(setting: Setting) -> Outcome:
     def score(expert: Expert) -> float:
-        return expert_log_loss(setting.backbone, expert, setting.task)
+        return log_loss(expert_log_probabilities(setting.backbone, expert, setting.examples), setting.examples)
 
     merged = merge(setting.ranking.experts, "greedy_soup", score=score).expert
     weights = {str(parent["name"]): parent["weight"] for parent in merged.card.lineage}
@@ -224,10 +222,10 @@ def _pi(
     if with_similarities:
         options["similarities"] = setting.ranking.similarities[: len(members)]
     search = replace(setting.search, alpha_learning_rate=ALPHA_LEARNING_RATE)
-    needless = options.get("include_own") is False and options.get("alternatives") is False
-    if not needless:
+    compared = own_is_compared(options.get("include_own", "auto"), options.get("alternatives", True))
+    if compared:
         options["own_folds"] = setting.own_without_folds(0)  # as `choose` trains them, once for all arms
-    own = None if needless else setting.own(setting.seed)
+    own = setting.own(setting.seed) if compared else None
     choice = choose(setting.backbone, setting.task, members, own, search=search, **options)
     found = choice.refit(setting.seed)
     return Outcome(found.expert, _blend_details(found))

@@ -12,7 +12,7 @@ default comes to be chosen is a development target of both from then on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pituning.errors import PituningError, unknown_name
@@ -161,6 +161,34 @@ _CORE = Suite(
     arms=(*MAIN, *(a for a in ABLATIONS if a != "pi-tensor")),
 )
 
+_TABLE1 = Suite(
+    "table1",
+    "Miniature Table 1: a small OFA, bottleneck adapters, 64 examples in all, seven tasks on emoji scenes",
+    "ofa-nano",
+    (),
+    TABLE1,
+    EMOJI,
+    method="bottleneck",
+    shots=(64,),
+    examples_in_all=True,
+    seeds=(1, 2, 3),  # a look at seed 0 decided how the sources are trained
+    arms=(
+        "zero-shot",
+        "own",
+        *OTHER_METHODS,
+        "own-extra",
+        "full",
+        "nearest",
+        "nearest-tuned",
+        "soup-tuned",
+        "pi-published",
+        "pi",
+        "pi-random",
+    ),
+    source_rows=MADE_ROWS,
+    texts_tell=False,
+)
+
 SUITES: Mapping[str, Suite] = {
     suite.name: suite
     for suite in (
@@ -195,47 +223,13 @@ SUITES: Mapping[str, Suite] = {
             source_rows=MADE_ROWS,
             texts_tell=False,
         ),
-        Suite(
-            "table1",
-            "Miniature Table 1: a small OFA, bottleneck adapters, 64 examples in all, seven tasks on emoji scenes",
-            "ofa-nano",
-            (),
-            TABLE1,
-            EMOJI,
-            method="bottleneck",
-            shots=(64,),
-            examples_in_all=True,
-            seeds=(1, 2, 3),  # a look at seed 0 decided how the sources are trained
-            arms=(
-                "zero-shot",
-                "own",
-                *OTHER_METHODS,
-                "own-extra",
-                "full",
-                "nearest",
-                "nearest-tuned",
-                "soup-tuned",
-                "pi-published",
-                "pi",
-                "pi-random",
-            ),
-            source_rows=MADE_ROWS,
-            texts_tell=False,
-        ),
-        Suite(
-            "table1-long",
-            "Miniature Table 1 with up to 80 steps for every arm",
-            "ofa-nano",
-            (),
-            TABLE1,
-            EMOJI,
-            method="bottleneck",
-            shots=(64,),
-            examples_in_all=True,
+        _TABLE1,
+        replace(
+            _TABLE1,
+            name="table1-long",
+            title="Miniature Table 1 with up to 80 steps for every arm",
             seeds=(4, 5, 6),  # seeds 0 to 3 told that 40 steps are too few, and that raw log-loss weighs badly
             arms=("zero-shot", *FIRST),
-            source_rows=MADE_ROWS,
-            texts_tell=False,
             search=Search(steps=80, eval_every=40),
         ),
     )

@@ -23,7 +23,7 @@ from pituning.similarity.select import Ranking, rank_experts
 from pituning.tasks.task import Task
 from pituning.training.blend import Interpolation
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit
-from pituning.training.interpolate import choose
+from pituning.training.interpolate import choose, own_is_compared
 from pituning.training.starts import blend_start
 from pituning.training.train_expert import fold_experts, train_expert
 from pituning.training.trainer import fit
@@ -219,7 +219,7 @@ def pi(draw: Draw) -> list[Interpolation]:
     """π as shipped, once per training seed."""
     section = draw.recipe.interpolation
     search = Search(**{**vars(draw.search), "alpha_learning_rate": section.alpha_learning_rate})
-    own_takes_part = section.include_own is not False or section.alternatives
+    compared = own_is_compared(section.include_own, section.alternatives)
     choice = choose(
         draw.backbone,
         draw.task,
@@ -231,7 +231,7 @@ def pi(draw: Draw) -> list[Interpolation]:
         include_own=section.include_own,
         alternatives=section.alternatives,
         search=search,
-        own_folds=draw.own_folds if own_takes_part else None,  # `own-extra` has trained them
+        own_folds=draw.own_folds if compared else None,  # `own-extra` has trained them
     )
     return [choice.refit(seed) for seed in draw.recipe.training_seeds]
 

@@ -32,7 +32,7 @@ from pituning.similarity.gradient import loss_slopes
 from pituning.similarity.settling import FIRST, MOST
 from pituning.tasks.task import Task
 from pituning.training.crossfit import Search, cross_fit
-from pituning.training.evaluation import bias_calibrated_losses, log_loss, log_probabilities
+from pituning.training.evaluation import bias_calibrated_loss, log_loss, log_probabilities
 from pituning.training.train_expert import start_from
 
 FISHER_KINDS = ("fisher", "fisher-paper", "fisher-cosine")
@@ -40,7 +40,7 @@ SETTLED_TOP = 3
 """A target's embedding takes more examples until so many of the most similar candidates stay the same."""
 SCORES: Mapping[str, Callable[[Tensor, Sequence[Example]], float]] = {
     "score": log_loss,
-    "calibrated-score": lambda log_p, examples: float(bias_calibrated_losses(log_p, examples).mean()),
+    "calibrated-score": bias_calibrated_loss,
 }
 """The kinds that read what an expert says of the examples: (log p ``[examples, choices]``, examples) → loss in nats."""
 TUNED = Search(learning_rates=(3e-4,), steps=30, batch_size=8)

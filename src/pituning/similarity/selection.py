@@ -23,7 +23,7 @@ from pituning.similarity.measures import SCORES, weight_similarity
 from pituning.similarity.select import Ranking
 from pituning.tasks.task import Task
 from pituning.training.crossfit import Search, within_one_standard_error
-from pituning.training.evaluation import bias_calibrated_losses, calibrated_losses, log_probabilities
+from pituning.training.evaluation import bias_calibrated_loss, calibrated_losses, log_probabilities
 from pituning.training.module import running
 from pituning.training.starts import score_weights
 from pituning.training.train_expert import fold_experts
@@ -236,8 +236,8 @@ class _Shots:
         if self.soup == "uniform" or len(members) < 2:
             return [1 / len(members) for _ in members]
         examples = [self.examples[row] for row in rows]
-        single = [bias_calibrated_losses(self.log_p([i], rows)[list(rows)], examples) for i in members]
-        return score_weights([float(losses.mean()) for losses in single], len(rows))
+        losses = [bias_calibrated_loss(self.log_p([i], rows)[list(rows)], examples) for i in members]
+        return score_weights(losses, len(rows))
 
     def _run(self, experts: Sequence[Expert], weights: Sequence[float]) -> Tensor:
         if not experts:

@@ -333,6 +333,11 @@ def bias_calibrated_losses(log_p: Tensor, examples: Sequence[Example]) -> Tensor
     return losses(torch.from_numpy(best)).detach()
 
 
+def bias_calibrated_loss(log_p: Tensor, examples: Sequence[Example]) -> float:
+    """Mean of :func:`bias_calibrated_losses`, in nats per example."""
+    return float(bias_calibrated_losses(log_p, examples).mean())
+
+
 def _columns(examples: Sequence[Example]) -> Tensor:
     """Where in its row of log-probabilities each example's right answer stands."""
     require_targets(examples)

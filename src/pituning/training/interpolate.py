@@ -112,7 +112,7 @@ def choose(
         expert.require_backbone(backbone)
     examples = task.split("train")
     losses = [calibrated_loss(backbone, e, examples) for e in experts]
-    compared = include_own is not False or alternatives  # the own expert, with one of the candidates or as one
+    compared = own_is_compared(include_own, alternatives)
     folds = _own_folds(backbone, task, own, search, own_folds) if own is not None and compared else {}
     plans: list[_Plan] = []
     how: dict[str, Any] = {
@@ -136,6 +136,11 @@ def choose(
             plans.append(_Plan("keep the own expert", (own,), [1.0], kept_start(folds), plain, "model"))
     found = [cross_fit(backbone, p.start, examples, p.search) for p in plans]
     return Choice(backbone, task, tuple(plans), tuple(found))
+
+
+def own_is_compared(include_own: bool | str, alternatives: bool) -> bool:
+    """Whether the own expert takes part in a candidate of :func:`choose`, or is one, so that its folds are needed."""
+    return include_own is not False or alternatives
 
 
 def _own_folds(

@@ -17,9 +17,8 @@ from pituning.interpolation.build import Granularity, build_mixture, is_lora
 from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import attached, config_dict, initial_tensors
 from pituning.methods.presets import make_config
-from pituning.tasks.task import Task
 from pituning.training.crossfit import Search, Start
-from pituning.training.evaluation import bias_calibrated_losses, log_loss, log_probabilities
+from pituning.training.evaluation import bias_calibrated_loss, log_probabilities
 
 INITS = ("uniform", "similarity", "score")
 INCLUDE_OWN = ("auto", True, False)
@@ -141,8 +140,8 @@ def expert_log_probabilities(backbone: Backbone, expert: Expert, examples: Seque
 
 
 def calibrated_loss(backbone: Backbone, expert: Expert, examples: Sequence[Example]) -> float:
-    """Mean :func:`bias_calibrated_losses` of an expert, as it is: minus its similarity by ``calibrated-score``."""
-    return float(bias_calibrated_losses(expert_log_probabilities(backbone, expert, examples), examples).mean())
+    """:func:`bias_calibrated_loss` of an expert, as it is: minus its similarity by ``calibrated-score``."""
+    return bias_calibrated_loss(expert_log_probabilities(backbone, expert, examples), examples)
 
 
 def held_out_calibrated_loss(
@@ -151,10 +150,4 @@ def held_out_calibrated_loss(
     """The same of the own expert, each fold by the one that was trained without it."""
     held = [part for _, part in stratified_folds(examples, search.folds, search.fold_seed)]
     log_p = torch.cat([expert_log_probabilities(backbone, own[fold], part) for fold, part in enumerate(held)])
-    return float(bias_calibrated_losses(log_p, [example for part in held for example in part]).mean())
-
-
-def expert_log_loss(backbone: Backbone, expert: Expert, task: Task) -> float:
-    """Mean log-loss of an expert, as it is, on the target's training examples."""
-    examples = task.split("train")
-    return log_loss(expert_log_probabilities(backbone, expert, examples), examples)
+    return bias_calibrated_loss(log_p, [example for part in held for example in part])

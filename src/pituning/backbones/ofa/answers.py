@@ -76,7 +76,7 @@ def _scores_over_trie(
     rows_per_pass: int,
 ) -> Tensor:
     """``[batch, answers]``: log p of the tokens at which an answer parts from others."""
-    bos, _, eos = special_tokens(model.config)
+    eos = special_tokens(model.config)[2]
     next_tokens: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # beginning → (answer, its next token)
     for index, answer in enumerate(answers):
         _require_in(trie, answer)
@@ -89,11 +89,7 @@ def _scores_over_trie(
     count = max(1, rows_per_pass // batch)
     for start in range(0, len(rows), count):
         chunk = rows[start : start + count]
-        written = pad_sequence(
-            [torch.tensor([bos, *prompt, *row[-1]]) for prompt in prompts for row in chunk], batch_first=True
-        ).to(device)
-        # padding stands behind everything that is read, where the causal mask hides it
-        decoded = model.model.decoder(written, encoded, attention_mask=torch.ones_like(written))["last_hidden_state"]
+        decoded = _decoded(model, encoded, [[*prompt, *row[-1]] for prompt in prompts for row in chunk])
         prefixes = [prefix for row in chunk for prefix in row]
         of_row = torch.tensor([n for n, row in enumerate(chunk) for _ in row], device=device)
         length = torch.tensor([len(prefix) for prefix in prefixes], device=device)
@@ -175,7 +171,7 @@ def _pair_log_probs(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """``[pairs]``; only the positions that write an answer are projected."""
-    bos, _, eos = special_tokens(model.config)
+    eos = special_tokens(model.config)[2]
     row, place, target, prefixes = [], [], [], []
     for index, (prompt, answer, trie) in enumerate(pairs):
         if trie is not None:
@@ -187,10 +183,8 @@ def _pair_log_probs(
             prefixes.append((trie, tuple(answer[:position])))
     device = encoded.last_hidden_state.device
     rows, places, targets = (torch.tensor(x, device=device) for x in (row, place, target))
-    written = pad_sequence([torch.tensor([bos, *p.prompt, *p.answer]) for p in pairs], batch_first=True).to(device)
-    # padding stands behind everything that is read, where the causal mask hides it
-    decoded = model.model.decoder(written, encoded, attention_mask=torch.ones_like(written))
-    logits, columns = readout(decoded["last_hidden_state"][rows, places]), readout.columns(targets)
+    decoded = _decoded(model, encoded, [[*p.prompt, *p.answer] for p in pairs])
+    logits, columns = readout(decoded[rows, places]), readout.columns(targets)
     allowed = allowed_mask(prefixes, readout) if any(p.trie is not None for p in pairs) else None
     if label_smoothing:
         shown = None if allowed is None else allowed[:, None]
@@ -200,6 +194,16 @@ def _pair_log_probs(
             logits if allowed is None else logits.masked_fill(~allowed, NEVER), columns, reduction="none"
         )
     return log_p.new_zeros(len(pairs)).index_add(0, rows, log_p)
+
+
+def _decoded(model: OFAForConditionalGeneration, encoded: OFAEncoderOutput, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The decoder's last states ``[rows, 1 + longest, d_model]``, the start token's first."""
+    bos = special_tokens(model.config)[0]
+    written = pad_sequence([torch.tensor([bos, *row]) for row in rows], batch_first=True)
+    written = written.to(encoded.last_hidden_state.device)
+    # padding stands behind everything that is read, where the causal mask hides it
+    states: Tensor = model.model.decoder(written, encoded, attention_mask=torch.ones_like(written))["last_hidden_state"]
+    return states
 
 
 def encoded_inputs(
