@@ -39,24 +39,28 @@ class MixtureModel(nn.Module):
             module.train(mode)
         return self
 
-    def forward(self, label_smoothing: float = 0.0, **batch: Any) -> Tensor:
-        """Per-example loss, shape ``[batch]``; see :meth:`Backbone.loss`."""
-        return self._run("loss", batch, label_smoothing)
+    def forward(self, label_smoothing: float = 0.0, parts: Sequence[Batch] = (), **batch: Any) -> Tensor:
+        """Per-example loss, shape ``[batch]``; see :meth:`Backbone.loss`.
+
+        Args:
+            parts: in place of one batch, several whose losses are given one after the other; φ̄ is computed once for all.
+        """
+        return torch.cat(self._run("loss", [(part, label_smoothing) for part in parts or (batch,)]))
 
     def loss(self, batch: Batch) -> Tensor:
         """Per-example loss, shape ``[batch]``."""
-        return self._run("loss", batch)
+        return self._run("loss", [(batch,)])[0]
 
     def score(self, batch: Batch, choices: Sequence[str]) -> Tensor:
         """Choice scores, shape ``[batch, choices]``."""
-        return self._run("score", batch, choices)
+        return self._run("score", [(batch, choices)])[0]
 
-    def _run(self, method: str, *arguments: Any) -> Tensor:
+    def _run(self, method: str, calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
         outside = self._outside
         # as attaching does: an expert that is stored in another dtype runs in the backbone's
         replaced = {outside.names[key]: t.to(outside.dtypes[key]) for key, t in self.mixture().items()}
-        result: Tensor = functional_call(outside.caller, replaced, (method, *arguments))
-        return result
+        results: list[Tensor] = functional_call(outside.caller, replaced, (method, calls))
+        return results
 
 
 @contextmanager
@@ -79,8 +83,8 @@ class _Caller(nn.Module):
         self._methods: dict[str, Callable[..., Tensor]] = {"loss": backbone.loss, "score": backbone.score}
         self.eval()
 
-    def forward(self, method: str, *arguments: Any) -> Tensor:
-        return self._methods[method](*arguments)
+    def forward(self, method: str, calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+        return [self._methods[method](*arguments) for arguments in calls]
 
 
 class _Outside:
