@@ -146,6 +146,20 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         BOTH,
     ),
     Measurement(
+        "lengths",
+        "Forward and backward of 16 texts of 1 to 128 tokens (log-normal, median 20, σ 0.7; other texts in every repetition), "
+        "padded to the longest, and in parts of similar length as training on a CPU computes them. MiniLM's shape, LoRA; "
+        "*padding* is its share of all rows",
+        "steps:lengths",
+        (
+            Figure("padded to the longest, seconds", "s"),
+            Figure("in parts, seconds", "s"),
+            Figure("padded to the longest / in parts", "×"),
+            Figure("padding, to the longest", ""),
+            Figure("padding, in parts", ""),
+        ),
+    ),
+    Measurement(
         "fisher",
         "The exact Fisher diagonal of 128 examples against plain forward and backward passes over the same batches of "
         "32 × 32 tokens, and against the one-example loop. MiniLM's shape; memory is what a process grows by",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,7 +17,10 @@ from torch import Tensor, nn
 from benchmarks.speed.interpolation import Built, build, step_seconds, timed, trainable
 from benchmarks.speed.measuring import Sample, Setting, in_process, interleaved, peak_mb
 from pituning.backbones.encoder import TEMPERATURE
+from pituning.interpolation import build_mixture
 from pituning.methods.attach import peft_config
+from pituning.training.batching import parts_of_similar_length
+from pituning.training.module import running
 
 EXPERTS = 3
 CASES: Mapping[str, tuple[str, str | None]] = {
@@ -82,6 +88,49 @@ def peak(case: str, device: str, shape: dict[str, int]) -> float:
             optimizer.step()
             optimizer.zero_grad()
     return peak_mb(device)
+
+
+LETTERS = 4.5
+"""Letters of a token, about, with the space before it: what parts are made by is the length of the text."""
+
+
+def lengths(setting: Setting) -> dict[str, Sample]:
+    """Forward and backward of texts of many lengths, as one padded batch and in parts."""
+    built = build("lora", 1, **shapes(setting), device=setting.device)
+    size, rng = len(built.inputs["input_ids"]), random.Random(0)
+    longest = setting.pick(128, 16)
+    whole, parted = "padded to the longest", "in parts"
+    taken: dict[str, list[float]] = {whole: [], parted: []}
+    padding: dict[str, list[float]] = {whole: [], parted: []}
+    mixture, config = build_mixture(built.pool, train="experts")
+    with running(built.backbone, mixture, config) as model:
+        for repeat in range(-3, setting.pick(40, 2)):
+            tokens = [min(longest, max(1, round(rng.lognormvariate(math.log(20), 0.7)))) for _ in range(size)]
+            ways = {whole: [list(range(size))], parted: parts_of_similar_length([round(LETTERS * n) for n in tokens])}
+            for way in random.Random(repeat).sample((whole, parted), 2):
+                batches = [_texts(built, [tokens[n] for n in part]) for part in ways[way]]
+                start = time.perf_counter()
+                model(parts=batches).mean().backward()
+                if repeat >= 0:
+                    taken[way].append(time.perf_counter() - start)
+                    padding[way].append(1 - sum(tokens) / sum(batch["input_ids"].numel() for batch in batches))
+    return {
+        **{f"{way}, seconds": Sample.of(values) for way, values in taken.items()},
+        f"{whole} / {parted}": Sample.ratio(taken[whole], taken[parted]),
+        "padding, to the longest": Sample.of(padding[whole]),
+        "padding, in parts": Sample.of(padding[parted]),
+    }
+
+
+def _texts(built: Built, tokens: Sequence[int]) -> dict[str, Any]:
+    """Random texts of these lengths, padded to the longest."""
+    places, ends = torch.arange(max(tokens)), torch.tensor(tokens)
+    return {
+        **built.inputs,
+        "input_ids": torch.randint(1000, 30000, (len(tokens), len(places))),
+        "attention_mask": (places < ends[:, None]).long(),
+        "target": torch.arange(len(tokens)) % 2,
+    }
 
 
 def plain_peft(built: Built) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:

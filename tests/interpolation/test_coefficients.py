@@ -38,35 +38,61 @@ def test_alpha_gives_back_the_weights(kind: str, temperature: float) -> None:
     torch.testing.assert_close(coefficients.weights(coefficients.alpha(rows)), rows, rtol=1e-12, atol=1e-14)
 
 
+def test_scaled_shares() -> None:
+    coefficients = Coefficients("softmax", 0.5, scale=3)
+    shares = torch.stack([weights_of("softmax", 4, seed) for seed in range(3)])
+    torch.testing.assert_close(coefficients.weights(coefficients.alpha(3 * shares)), 3 * shares, rtol=1e-12, atol=1e-14)
+    assert not coefficients.sums_to_one
+    with pytest.raises(RefusedError, match="must sum to 3"):
+        coefficients.alpha(shares)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
+def test_a_scale_is_a_positive_number(scale: float) -> None:
+    with pytest.raises(RefusedError, match="scale must be a positive number"):
+        Coefficients("softmax", scale=scale)
+
+
+@pytest.mark.parametrize("kind", ["linear", "sigmoid"])
+def test_other_weights_have_no_scale(kind: str) -> None:
+    with pytest.raises(RefusedError, match=f"{kind} weights may have any sum"):
+        Coefficients(kind, scale=2.0)
+
+
 def test_the_formulas() -> None:
     alpha = torch.tensor([[0.4, -1.0, 2.0]], dtype=torch.float64)
     total = sum(math.exp(a / 2) for a in alpha[0].tolist())
     softmax = [math.exp(a / 2) / total for a in alpha[0].tolist()]
     sigmoid = [1 / (1 + math.exp(-a / 2)) for a in alpha[0].tolist()]
     assert Coefficients("softmax", 2).weights(alpha)[0].tolist() == pytest.approx(softmax, rel=1e-14)
+    assert Coefficients("softmax", 2, 3).weights(alpha)[0].tolist() == pytest.approx(
+        [3 * w for w in softmax], rel=1e-14
+    )
     assert Coefficients("sigmoid", 2).weights(alpha)[0].tolist() == pytest.approx(sigmoid, rel=1e-14)
     assert Coefficients("linear", 2).weights(alpha)[0].tolist() == alpha[0].tolist()
 
 
 @given(
     combination=st.sampled_from(COMBINATIONS), dtype=st.sampled_from((torch.float32, torch.float64)),
-    kind=st.sampled_from(KINDS), count=st.integers(1, 4), train=st.sampled_from(("experts", "none", "merge-then-tune")),
+    kind=st.sampled_from(KINDS), scale=st.sampled_from((1.0, 2.5)), count=st.integers(1, 4), train=st.sampled_from(("experts", "none", "merge-then-tune")),
     seed=st.integers(0, 10_000),
 )  # fmt: skip
 def test_any_weights_reach_out_from_the_common_start(
     backbone_of: Any, random_experts: Any, random_examples: Any, attached_loss: Any, mixture_loss: Any, distance: Any,
     lora_deltas: Any, with_deltas: Any,
-    combination: tuple[str, str], dtype: torch.dtype, kind: str, count: int, train: str, seed: int,
+    combination: tuple[str, str], dtype: torch.dtype, kind: str, scale: float, count: int, train: str, seed: int,
 ) -> None:  # fmt: skip
     """φ̄ = φ_0 + Σ_k w_k (φ_k − φ_0), for LoRA with ΔW = 0 at φ_0."""
     family, method = combination
     backbone = backbone_of(family, dtype)
     experts = random_experts(backbone, method, count, seed)
+    scale = scale if kind == "softmax" else 1.0
     weights = weights_of(kind, count, seed)
     initial = initial_tensors(backbone, experts[0].config) if method in ("bottleneck", "prefix") else None
     mixture, config = build_mixture(
-        experts, weights, granularity="model", train=train, coefficients=kind, initial=initial
+        experts, weights, granularity="model", train=train, coefficients=kind, scale=scale, initial=initial
     )
+    weights = scale * weights
     examples = random_examples(4, seed)
     found = mixture_loss(backbone, mixture, config, examples)
     folded = collapse(mixture, config, experts[0].card).expert
@@ -89,24 +115,33 @@ def test_any_weights_reach_out_from_the_common_start(
     assert distance(found, expected) <= 10 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("kind", ["linear", "sigmoid"])
+@pytest.mark.parametrize(("kind", "scale"), [("linear", 1.0), ("sigmoid", 1.0), ("softmax", 2.0)])
 def test_the_gradient_is_the_finite_difference(
-    backbone_of: Any, random_experts: Any, random_examples: Any, mixture_loss: Any, kind: str
+    backbone_of: Any, random_experts: Any, random_examples: Any, mixture_loss: Any, kind: str, scale: float
 ) -> None:
     backbone = backbone_of("encoder", torch.float64)
     experts, examples = random_experts(backbone, "lora", 3, 3), random_examples(4, 3)
-    coefficients = Coefficients(kind, 0.7)
+    coefficients = Coefficients(kind, 0.7, scale)
     alpha = torch.tensor([[0.3, -0.2, 0.5]], dtype=torch.float64)
 
     def loss_at(values: Tensor) -> float:
         weights = coefficients.weights(values)
-        mixture, config = build_mixture(experts, weights, granularity="model", train="none", coefficients=kind)
+        shares = weights / scale
+        mixture, config = build_mixture(
+            experts, shares, granularity="model", train="none", coefficients=kind, scale=scale
+        )
         return float(mixture_loss(backbone, mixture, config, examples).mean())
 
     step = 1e-5
     slow = [(loss_at(alpha + step * e) - loss_at(alpha - step * e)) / (2 * step) for e in torch.eye(3).double()]
     mixture, config = build_mixture(
-        experts, coefficients.weights(alpha), granularity="model", train="weights", coefficients=kind, temperature=0.7
+        experts,
+        coefficients.weights(alpha) / scale,
+        granularity="model",
+        train="weights",
+        coefficients=kind,
+        temperature=0.7,
+        scale=scale,
     )
     from pituning.training.module import running
 

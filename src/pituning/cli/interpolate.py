@@ -91,6 +91,14 @@ def interpolate(
     temperature: Annotated[
         float, typer.Option(metavar="T", help="Of softmax and sigmoid weights.", rich_help_panel=_PANEL)
     ] = 1.0,
+    scale: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="What softmax weights sum to: auto, which asks the examples, or a number (1 is the paper's).",
+            rich_help_panel=_PANEL,
+        ),
+    ] = "auto",
     optimizer: Annotated[
         Optimizer,
         typer.Option(
@@ -138,6 +146,7 @@ def interpolate(
     Example: pituning interpolate sst2 --shots 16 --own sst2-16shot-seed0
     """
     weights = _starting_weights(init)
+    reach = _scale(scale)
     names = comma_separated("--experts", experts)
     if include_own == "yes" and choice.own is None:
         raise typer.BadParameter("--include-own yes needs --own EXPERT")
@@ -171,7 +180,7 @@ def interpolate(
         found = blend(
             backbone, target, chosen, own, train=train_mode, granularity=granularity, init=weights,
             similarities=[similarity[e.name] for e in chosen], include_own=_OWN[include_own], seed=source.seed,
-            coefficients=coefficients, temperature=temperature, rank=rank, max_error=max_error, name=folder.name,
+            coefficients=coefficients, temperature=temperature, scale=reach, rank=rank, max_error=max_error, name=folder.name,
             search=Search(
                 alpha_learning_rate=ALPHA_LEARNING_RATE if optimizer == "adamw" else 0.0, optimizer=optimizer,
                 weights_to_start=weights_to_start, weights_spread=weights_spread,
@@ -198,14 +207,23 @@ def interpolate(
 
 def _tables(found: Interpolation) -> list[Group]:
     candidates = [
-        ["→" if c.chosen else "", c.name, f"{c.loss:.4f}", f"{c.learning_rate:g}", str(c.steps)]
+        ["→" if c.chosen else "", c.name, f"{c.scale:g}", f"{c.loss:.4f}", f"{c.learning_rate:g}", str(c.steps)]
         for c in found.candidates
     ]
     weights = [[name, f"{weight:.3f}"] for name, weight in found.mean_weights().items()]
     return [
-        table("Candidates", ["", "candidate", "cross-fitted log-loss#", "learning rate#", "steps#"], candidates),
+        table("Candidates", ["", "candidate", "scale#", "cross-fitted log-loss#", "learning rate#", "steps#"], candidates),
         table("Blended from", ["expert", "mean weight#"], weights),
     ]
+
+
+def _scale(scale: str) -> float | str:
+    if scale == "auto":
+        return scale
+    try:
+        return float(scale)
+    except ValueError as error:
+        raise typer.BadParameter(f"--scale expects auto or a number, not {scale!r}") from error
 
 
 def _starting_weights(init: str) -> str | Sequence[float]:

@@ -207,6 +207,7 @@ def _pi(draw: Draw) -> ArmResult:
         "chosen": chosen.name,
         "experts": list(first.experts),
         "weights": {group: list(row) for group, row in first.weights.items()},
+        "scale": chosen.scale,
         "candidates": [{"name": c.name, "loss": c.loss, "chosen": c.chosen} for c in first.candidates],
         "cross-fitted log-loss": chosen.loss,
         "learning_rate": chosen.learning_rate,
@@ -229,6 +230,7 @@ def pi(draw: Draw) -> list[Interpolation]:
         granularity=section.granularity,
         init=section.init,
         include_own=section.include_own,
+        scale=section.scale,
         alternatives=section.alternatives,
         search=search,
         own_folds=draw.own_folds if compared else None,  # `own-extra` has trained them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -66,6 +66,7 @@ class InterpolationSection(_Strict):
     granularity: Literal["model", "encoder-decoder", "layer", "attention", "module", "tensor"] = "module"
     init: Literal["score", "uniform"] = "score"
     include_own: Literal["auto", True, False] = "auto"
+    scale: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     alternatives: bool = True
     alpha_learning_rate: float = Field(default=1e-2, ge=0)
 

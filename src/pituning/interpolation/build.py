@@ -118,6 +118,7 @@ def build_mixture(
     train: str = "shared",
     coefficients: str = "softmax",
     temperature: float = 1.0,
+    scale: float = 1.0,
     train_weights: bool = True,
     initial: Mapping[str, Tensor] | None = None,
 ) -> tuple[Mixture, dict[str, Any]]:
@@ -127,6 +128,7 @@ def build_mixture(
         experts: K ≥ 1 experts of one method and one backbone.
         weights: ``[K]`` for every group, or ``[groups, K]`` in the order of :func:`group_names`; uniform by default.
         granularity, train, coefficients, temperature: see :func:`group_name`, :class:`Mixture` and :class:`Coefficients`.
+        scale: what the weights, which are shares of one, are multiplied by; softmax weights alone have one.
         initial: the method's initial tensors. They start the new factor pair δ of LoRA with ``train="shared"``, and are the
             φ_0 of weights that need not sum to one for methods other than LoRA, BitFit and IA3, which change nothing there;
             linear weights that sum to one and are not trained need none.
@@ -138,10 +140,10 @@ def build_mixture(
         raise RefusedError("an interpolation needs at least one expert")
     if train not in TRAIN_MODES:
         raise RefusedError(f"train must be one of {', '.join(TRAIN_MODES)}, not {train!r}")
-    kind = Coefficients(coefficients, temperature)
+    kind = Coefficients(coefficients, temperature, scale)
     require_compatible(experts)
     names = group_names(experts, granularity)
-    rows = _weight_rows(weights, len(names), experts)
+    rows = _weight_rows(weights, len(names), experts) * scale
     kind.alpha(rows)  # the refusal, before anything is built
     index = {name: i for i, name in enumerate(names)}
     if not _mixes_in_product_space(experts, kind):

@@ -60,8 +60,8 @@ class Mixture(nn.Module):
             raise ValueError(f"train must be one of {', '.join(TRAIN_MODES)}, not {train!r}")
         if weights.dim() != 2:
             raise ValueError(f"weights must be [groups, experts], not {list(weights.shape)}")
-        # the only softmax weight of a single expert is 1 and has no gradient
-        free = weights.shape[1] > 1 or not coefficients.sums_to_one
+        # the only softmax weight of a single expert stays as it is and has no gradient
+        free = weights.shape[1] > 1 or not coefficients.sums_to_scale
         self.train_mode = train
         self.coefficients = coefficients
         self.alpha = nn.Parameter(
@@ -87,9 +87,9 @@ class Mixture(nn.Module):
         if to_start:
             total = total + to_start * (weights - self.start).square().sum(1).mean()
         if spread:
-            if not self.coefficients.sums_to_one:
+            if not self.coefficients.sums_to_scale:
                 raise RefusedError(f"{self.coefficients.kind} weights are no distribution and have no entropy")
-            total = total - spread * entropy(weights)
+            total = total - spread * entropy(weights / self.coefficients.scale)
         return total
 
     def forward(self) -> dict[str, Tensor]:

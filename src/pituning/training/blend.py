@@ -24,7 +24,8 @@ class Candidate:
     """One way to use the experts, and what cross-fitting says of it.
 
     Attributes:
-        weights: initial weight of each member.
+        weights: initial weight of each member, a share of one.
+        scale: what these are multiplied by.
         loss: mean held-out log-loss of its best cell, in nats.
     """
 
@@ -35,6 +36,7 @@ class Candidate:
     learning_rate: float
     steps: int
     chosen: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def blend(
     similarities: Sequence[float] | None = None,
     coefficients: str = "softmax",
     temperature: float = 1.0,
+    scale: float = 1.0,
     seed: int = 0,
     rank: int | None = None,
     max_error: float | None = None,
@@ -104,7 +107,7 @@ def blend(
         settings: of the run; ends with the best state on the dev split, where there is one and ``keep_best`` is set.
         init: starting weights, as in :func:`choose`; given numbers are for ``experts``, and the own expert gets an equal
             share beside them.
-        train, granularity, coefficients, temperature, rank, max_error: as in :func:`interpolate` and :func:`choose`.
+        train, granularity, coefficients, temperature, scale, rank, max_error: as in :func:`interpolate` and :func:`choose`.
         folder, resume, progress: as in :func:`pituning.training.trainer.fit`.
 
     Raises:
@@ -120,7 +123,7 @@ def blend(
     weights = initial_weights(init, losses, similarities, len(examples), own=own is not None)
     start = blend_start(
         backbone, members, weights,
-        train=train, granularity=granularity, coefficients=coefficients, temperature=temperature,
+        train=train, granularity=granularity, coefficients=coefficients, temperature=temperature, scale=scale,
     )  # fmt: skip
     mixture, config = start(None)
     settings = settings.with_(seed=seed)
@@ -199,6 +202,7 @@ def collapsed(
         "granularity": granularity if isinstance(granularity, str) else getattr(granularity, "__name__", "function"),
         "coefficients": mixture.coefficients.kind,
         "temperature": mixture.coefficients.temperature,
+        "scale": mixture.coefficients.scale,
         "weights": {group: list(row) for group, row in by_group.items()},
         "rank": rank,
         "max_error": max_error,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pituning.backbones.base import Backbone
@@ -19,6 +20,7 @@ from pituning.tasks.task import Task
 from pituning.training.blend import Candidate, Interpolation, blended_card, collapsed, require_rank
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_one_standard_error
 from pituning.training.starts import (
+    best_scale,
     blend_start,
     calibrated_loss,
     held_out_calibrated_loss,
@@ -80,6 +82,7 @@ def choose(
     alternatives: bool = True,
     coefficients: str = "softmax",
     temperature: float = 1.0,
+    scale: float | str = "auto",
     search: Search | None = None,
     own_folds: Mapping[int | None, Expert] | None = None,
 ) -> Choice:
@@ -98,6 +101,9 @@ def choose(
         alternatives: also compare a warm start from the expert of the lowest such log-loss, which is the first of a ranking
             by ``calibrated-score``, and the own expert as it is.
         coefficients, temperature: from α to the weights; see :class:`pituning.interpolation.Coefficients`.
+        scale: what softmax weights sum to, for the interpolations; ``"auto"`` takes that of :data:`SCALES` at which the
+            untrained blend has the lowest such log-loss, and 1 (the paper) for other coefficients and for experts that
+            have no common start to reach out from.
         search: learning rates, steps and folds, the same for every candidate. With ``optimizer="cma"`` and
             ``train="weights"`` the weights of the interpolation are learned without gradients.
         own_folds: the own expert without each fold of ``search``, from :func:`fold_experts`, where several choices for one
@@ -107,7 +113,7 @@ def choose(
         as :func:`interpolate`.
     """
     search = search or Search(alpha_learning_rate=ALPHA_LEARNING_RATE)
-    require_consistent(experts, own, init, include_own, similarities)
+    require_consistent(experts, own, init, include_own, similarities, scale)
     for expert in (*experts, *([own] if own else [])):
         expert.require_backbone(backbone)
     examples = task.split("train")
@@ -118,16 +124,24 @@ def choose(
     how: dict[str, Any] = {
         "train": train, "granularity": granularity, "coefficients": coefficients, "temperature": temperature,
     }  # fmt: skip
+
+    def interpolation(name: str, members: Sequence[Expert], weights: Sequence[float], with_own: bool) -> _Plan:
+        begin = partial(blend_start, backbone, experts, weights, folds if with_own else None)
+        found = scale
+        if isinstance(found, str):
+            untrained = {**how, "train": "none"}
+            tried = partial(best_scale, backbone, lambda s: begin(**untrained, scale=s), examples)
+            found = 1.0 if coefficients != "softmax" else tried(search if with_own else None)
+        return _Plan(name, tuple(members), weights, begin(**how, scale=found), search, granularity, found)
+
     plain = replace(search, optimizer="adamw", weights_to_start=0.0, weights_spread=0.0)  # for one expert alone
     if include_own is not True or own is None:
         weights = initial_weights(init, losses, similarities, len(examples))
-        start = blend_start(backbone, experts, weights, **how)
-        plans.append(_Plan("interpolation of the experts", tuple(experts), weights, start, search, granularity))
+        plans.append(interpolation("interpolation of the experts", experts, weights, with_own=False))
     if own is not None and include_own is not False:
         own_loss = held_out_calibrated_loss(backbone, folds, examples, search)
         weights = initial_weights(init, [*losses, own_loss], similarities, len(examples), own=True)
-        start = blend_start(backbone, experts, weights, folds, **how)
-        plans.append(_Plan("interpolation with the own expert", (*experts, own), weights, start, search, granularity))
+        plans.append(interpolation("interpolation with the own expert", (*experts, own), weights, with_own=True))
     if alternatives:
         best = experts[losses.index(min(losses))]  # the first by the default similarity
         start = blend_start(backbone, [best], [1.0], train="experts", granularity="model")
@@ -183,6 +197,7 @@ class Choice:
                 f.learning_rate,
                 f.steps,
                 i == self.best,
+                p.scale,
             )
             for i, (p, f) in enumerate(zip(self.plans, self.found, strict=True))
         )
@@ -213,3 +228,4 @@ class _Plan:
     start: Start
     search: Search
     granularity: Granularity
+    scale: float = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,12 @@ from pituning.methods.attach import attached, config_dict, initial_tensors
 from pituning.methods.presets import make_config
 from pituning.training.crossfit import Search, Start
 from pituning.training.evaluation import bias_calibrated_loss, log_probabilities
+from pituning.training.module import running
 
 INITS = ("uniform", "similarity", "score")
 INCLUDE_OWN = ("auto", True, False)
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.5)
+"""What a blend's weights may sum to."""
 
 
 def blend_start(
@@ -34,12 +37,13 @@ def blend_start(
     granularity: Granularity = "module",
     coefficients: str = "softmax",
     temperature: float = 1.0,
+    scale: float = 1.0,
 ) -> Start:
     """A start for :func:`cross_fit`: the experts, and the own one trained without the fold, at the given weights."""
     initial: Mapping[str, Tensor] | None = None
     if is_lora(experts[0]):
         initial = _delta_factors(backbone, experts) if train == "shared" else None
-    elif coefficients != "softmax":
+    elif coefficients != "softmax" or scale != 1:
         initial = initial_of(backbone, experts[0])
 
     def begin(fold: int | None) -> tuple[Mixture, Mapping[str, Any]]:
@@ -50,11 +54,51 @@ def blend_start(
             train=train,
             coefficients=coefficients,
             temperature=temperature,
+            scale=scale,
             train_weights=own is None,
             initial=initial,
         )
 
     return begin
+
+
+def best_scale(
+    backbone: Backbone,
+    start: Callable[[float], Start],
+    examples: Sequence[Example],
+    search: Search | None = None,
+) -> float:
+    """That of :data:`SCALES` at which an untrained blend has the lowest :func:`bias_calibrated_loss` on the shots.
+
+    Experts of different tasks change different things, so that their mean changes each of them less than its expert does,
+    and more of all of them is better, up to a point; where none of them helps, none of the scales does.
+
+    Args:
+        start: scale → a start that trains nothing.
+        search: given, the start contains the own expert, and each fold is read without the expert that has seen it.
+
+    Returns:
+        one where the experts have no common starting point to reach out from.
+    """
+    parts: list[tuple[int | None, Sequence[Example]]] = [(None, examples)]
+    if search is not None:
+        folds = stratified_folds(examples, search.folds, search.fold_seed)
+        parts = [(fold, held) for fold, (_, held) in enumerate(folds)]
+    pooled = [example for _, part in parts for example in part]
+    losses: dict[float, float] = {}
+    for scale in SCALES:
+        rows = []
+        for fold, part in parts:
+            try:
+                mixture, config = start(scale)(fold)
+            except RefusedError:
+                if scale == 1:
+                    raise
+                return 1.0
+            with running(backbone, mixture, config) as model:
+                rows.append(log_probabilities(backbone, part, model))
+        losses[scale] = bias_calibrated_loss(torch.cat(rows), pooled)
+    return min(losses, key=losses.__getitem__)
 
 
 def kept_start(own: Mapping[int | None, Expert]) -> Start:
@@ -74,6 +118,7 @@ def require_consistent(
     init: str | Sequence[float],
     include_own: bool | str,
     similarities: Sequence[float] | None,
+    scale: float | str = 1.0,
 ) -> None:
     """Raise unless the arguments of an interpolation fit together.
 
@@ -87,6 +132,8 @@ def require_consistent(
         raise PituningError(f"include_own must be True, False or 'auto', not {include_own!r}")
     if include_own is True and own is None:
         raise PituningError("include_own=True needs the target's own expert: pass own=…")
+    if isinstance(scale, str) and scale != "auto":
+        raise PituningError(f"scale must be 'auto' or a number, not {scale!r}")
     if isinstance(init, str):
         if init not in INITS:
             raise PituningError(f"init must be one of {', '.join(INITS)} or {len(experts)} numbers, not {init!r}")
