@@ -32,6 +32,9 @@ from pituning.training.trainer import fit
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """s of ``own-rescaled``."""
+DEFAULTS = 2
+"""Of `choose`; raised when they change, so that cells of earlier ones no longer count. 2: the weights sum to a scale, and the
+blend is tuned as one expert."""
 HUB_SHARE = 4
 """LoraHub runs a quarter of the grid's steps, each a generation of 4 + ⌊3 ln n⌋ forward passes over all shots."""
 
@@ -68,7 +71,8 @@ class Arm:
 
     def identity(self) -> dict[str, Any]:
         """Plain values that change where the arm does."""
-        return {"name": self.name, "options": dict(self.options)}
+        shipped = {"defaults": DEFAULTS} if _function(self.compute) is _pi else {}
+        return {"name": self.name, "options": dict(self.options), **shipped}
 
 
 def _as_recipes_have_it(arm: str, uses: Callable[[Setting], Sequence[Expert]], setting: Setting) -> Outcome:
@@ -240,8 +244,12 @@ def _blend_details(found: Interpolation) -> dict[str, Any]:
         "cross-fitted log-loss": chosen.loss,
         "experts": list(found.experts),
         "weights": {group: list(row) for group, row in found.weights.items()},
-        "candidates": [{"name": c.name, "loss": c.loss} for c in found.candidates],
+        "candidates": [{"name": c.name, "scale": c.scale, "loss": c.loss} for c in found.candidates],
     }
+
+
+def _function(compute: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    return compute.func if isinstance(compute, partial) else compute
 
 
 def _at_random(setting: Setting) -> list[Expert]:
@@ -338,15 +346,9 @@ ARMS: Mapping[str, Arm] = {
         ),
         _arm("pi-layer", "π, weights per layer", "granularity `layer`", _pi, granularity="layer"),
         _arm("pi-tensor", "π, weights per tensor", "granularity `tensor`", _pi, granularity="tensor"),
+        _arm("pi-experts", "π, weights and experts", "the paper's mode: both are trained", _pi, train="experts"),
         _arm("pi-shared", "π, shared δ", "frozen experts, trained weights and one trained δ", _pi, train="shared"),
         _arm("pi-weights", "π, weights alone", "frozen experts, trained weights", _pi, train="weights"),
-        _arm(
-            "pi-merge-then-tune",
-            "π, merge then tune",
-            "one expert that starts at the soup",
-            _pi,
-            train="merge-then-tune",
-        ),
         _arm("pi-uniform", "π, uniform start", "equal first weights", _pi, init="uniform"),
         _arm(
             "pi-similarity",
@@ -356,6 +358,7 @@ ARMS: Mapping[str, Arm] = {
             init="similarity",
             with_similarities=True,
         ),
+        _arm("pi-mean", "π, a mean", "weights that sum to one instead of to a scale", _pi, scale=1.0),
         _arm("pi-without-own", "π, never own", "the own expert is not blended", _pi, include_own=False),
         _arm("pi-with-own", "π, always own", "the own expert is blended", _pi, include_own=True),
         _arm(

@@ -27,8 +27,8 @@ MAIN = (
 """Every way to use experts, its controls and its references."""
 
 ABLATIONS = (
-    "pi-k1", "pi-k2", "pi-k5", "pi-model", "pi-layer", "pi-tensor", "pi-shared", "pi-weights", "pi-merge-then-tune",
-    "pi-uniform", "pi-similarity", "pi-without-own", "pi-with-own", "pi-bare",
+    "pi-k1", "pi-k2", "pi-k5", "pi-model", "pi-layer", "pi-tensor", "pi-experts", "pi-shared", "pi-weights",
+    "pi-uniform", "pi-similarity", "pi-mean", "pi-without-own", "pi-with-own", "pi-bare",
 )  # fmt: skip
 """π as shipped with one setting changed."""
 

@@ -120,8 +120,8 @@ finally:
         assert set(get_args(Reference)) == set(REFERENCES)
         assert set(get_args(TaskKind)) == {"classification", *KINDS}
         assert set(get_args(PromptTypeName)) == set(DECODER_PROMPTS)
-        page = run("interpolate", "--help").stdout
-        for option in ("train", "granularity", "init"):
+        page = " ".join(run("interpolate", "--help").stdout.replace("│", " ").split())
+        for option in ("train", "granularity", "init", "scale"):
             assert f"[default: {inspect.signature(choose).parameters[option].default}]" in page
 
 

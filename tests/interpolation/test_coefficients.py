@@ -74,7 +74,8 @@ def test_the_formulas() -> None:
 
 @given(
     combination=st.sampled_from(COMBINATIONS), dtype=st.sampled_from((torch.float32, torch.float64)),
-    kind=st.sampled_from(KINDS), scale=st.sampled_from((1.0, 2.5)), count=st.integers(1, 4), train=st.sampled_from(("experts", "none", "merge-then-tune")),
+    kind=st.sampled_from(KINDS), scale=st.sampled_from((1.0, 2.5)), count=st.integers(1, 4),
+    train=st.sampled_from(("experts", "none", "merge-then-tune")),
     seed=st.integers(0, 10_000),
 )  # fmt: skip
 def test_any_weights_reach_out_from_the_common_start(

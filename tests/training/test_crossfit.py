@@ -154,6 +154,12 @@ class TestChooseCell:
             cells = {(1e-3, 10): self.base + shift + self.noise, (1e-2, 10): self.base}
             assert choose_cell(cells, warm=True)[0] == expected
 
+    def test_a_warm_start_is_trained(self) -> None:
+        """Before its first step it is read on shots that it was chosen on."""
+        losses = {(1e-3, 0): self.base - 1, (1e-3, 10): self.base, (1e-3, 20): self.base + 1}
+        assert choose_cell(losses, warm=True) == (1e-3, 10)
+        assert choose_cell(losses, warm=False) == (1e-3, 0)
+
     def test_nothing_to_choose(self) -> None:
         assert choose_cell({(1e-3, 0): self.base}, warm=True) == (1e-3, 0)
 

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from pituning.backbones.base import Backbone
+from pituning.data.fewshot import stratified_folds
 from pituning.errors import BackboneMismatchError, DataError, PituningError, RefusedError
 from pituning.experts import Expert
+from pituning.experts.expert import tensor_hash
 from pituning.interpolation import TRAIN_MODES
-from pituning.methods import attached
+from pituning.interpolation.build import lora_factors
+from pituning.methods import attached, initial_tensors
 from pituning.tasks import Task
 from pituning.training import interpolate as module
 from pituning.training.blend import Interpolation
 from pituning.training.crossfit import CrossFit, Search
 from pituning.training.evaluation import bias_calibrated_losses
 from pituning.training.interpolate import interpolate
+from pituning.training.starts import SCALES, best_scale, blend_start
 from pituning.training.train_expert import train_expert
 from pituning.training.trainer import TrainSettings
 
@@ -80,10 +84,11 @@ def assert_sound(result: Interpolation, names: set[str]) -> None:
     for candidate in result.candidates:
         assert len(candidate.weights) == len(candidate.members)
         assert sum(candidate.weights) == pytest.approx(1)
+        assert candidate.scale == 1 or candidate.name.startswith("interpolation")
     for row in result.weights.values():
         assert len(row) == len(result.experts)
-        assert sum(row) == pytest.approx(1, abs=1e-6)
-    assert sum(result.mean_weights().values()) == pytest.approx(1, abs=1e-6)
+        assert sum(row) == pytest.approx(chosen[0].scale, rel=1e-6)
+    assert sum(result.mean_weights().values()) == pytest.approx(chosen[0].scale, rel=1e-6)
     assert f"→ {chosen[0].name}" in str(result)
 
 
@@ -152,7 +157,7 @@ def test_without_an_own_expert_and_without_alternatives(bert: Backbone, random_e
 def test_a_single_expert_can_be_interpolated(
     bert: Backbone, random_experts: Any, make_task: Any, method: str, train: str
 ) -> None:
-    result = interpolate(bert, make_task(), random_experts(bert, method, 1, 4), train=train, search=SEARCH)
+    result = interpolate(bert, make_task(), random_experts(bert, method, 1, 4), train=train, search=SEARCH, scale=1)
     assert set(result.mean_weights().values()) == {1.0}
 
 
@@ -168,12 +173,14 @@ def test_weights_are_reported_by_group(
     assert any(row != pytest.approx(result.candidates[0].weights, abs=1e-4) for row in result.weights.values())
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_a_soup_is_the_sum_with_the_evidences_weights(
-    bert: Backbone, random_experts: Any, make_task: Any, lora_deltas: Any, distance: Any
+    bert: Backbone, random_experts: Any, make_task: Any, lora_deltas: Any, distance: Any, scale: float
 ) -> None:
     task, experts = make_task(), random_experts(bert, "lora", 3, 6)
-    result = interpolate(bert, task, experts, train="none", alternatives=False, search=SEARCH, granularity="model")
-    weights = by_evidence([calibrated_loss(bert, e, task) for e in experts], 12)
+    options: dict[str, Any] = {"train": "none", "alternatives": False, "granularity": "model", "scale": scale}
+    result = interpolate(bert, task, experts, search=SEARCH, **options)
+    weights = scale * by_evidence([calibrated_loss(bert, e, task) for e in experts], 12)
     dense: dict[str, Tensor] = {}
     for weight, expert in zip(weights, experts, strict=True):
         for name, delta in lora_deltas(expert).items():
@@ -182,6 +189,81 @@ def test_a_soup_is_the_sum_with_the_evidences_weights(
     assert found.keys() == dense.keys()
     assert all(distance(found[name], delta) < 1e-5 for name, delta in dense.items())
     assert set(result.errors.values()) == {0.0}
+
+
+class TestScale:
+    """The sum of the weights at which the untrained blend explains the shots best."""
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_is_the_best_of_all(
+        self, bert: Backbone, random_experts: Any, make_task: Any, lora_deltas: Any, with_deltas: Any, method: str
+    ) -> None:
+        """By blends made by hand, one example at a time."""
+        task = make_task()
+        experts = random_experts(bert, method, 2, 6)
+        initial = initial_tensors(bert, experts[0].config)
+        experts = [e.with_card(init_hash=tensor_hash(initial)) for e in experts]
+        weights = np.array([0.3, 0.7])
+        result = interpolate(
+            bert, task, experts, init=weights.tolist(), train="none", alternatives=False, search=SEARCH
+        )
+        examples, losses = task.split("train"), {}
+        for scale in SCALES:
+            if method == "lora":
+                dense: dict[str, Tensor] = {}
+                for weight, expert in zip(scale * weights, experts, strict=True):
+                    for name, delta in lora_deltas(expert).items():
+                        dense[name] = dense.get(name, torch.zeros_like(delta)) + weight * delta
+                carried = with_deltas(bert, dense)
+            else:
+                moved = {
+                    k: start + sum(w * (e.tensors[k] - start) for w, e in zip(scale * weights, experts, strict=True))
+                    for k, start in initial.items()
+                }
+                carried = attached(bert, experts[0].config, moved)
+            with torch.no_grad(), carried:
+                rows = [bert.score(bert.collate([e]), e.choices)[0] for e in examples]
+            losses[scale] = float(bias_calibrated_losses(torch.stack(rows).log_softmax(1), examples).mean())
+        (candidate,) = result.candidates
+        assert losses[candidate.scale] == pytest.approx(min(losses.values()), rel=1e-4)
+        assert len({round(loss, 4) for loss in losses.values()}) > 1
+
+    def test_no_common_start_no_scale(self, bert: Backbone, random_experts: Any, make_task: Any) -> None:
+        experts = [e.with_card(init_hash="") for e in random_experts(bert, "bottleneck", 2, 6)]
+        options: dict[str, Any] = {"train": "none", "alternatives": False, "search": SEARCH}
+        assert interpolate(bert, make_task(), experts, **options).candidates[0].scale == 1
+        with pytest.raises(RefusedError, match="common start"):
+            interpolate(bert, make_task(), experts, scale=2.0, **options)
+
+    def test_the_own_expert_has_not_seen_what_it_is_read_on(
+        self, bert: Backbone, random_experts: Any, make_task: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        task, (other, *folds) = make_task(), random_experts(bert, "lora", 4, 6)
+        held = [part for _, part in stratified_folds(task.split("train"), 2, 0)]
+        seen: list[tuple[str, tuple[str, ...]]] = []
+
+        def read(_: Any, examples: Any, model: Any) -> Tensor:
+            own = model.mixture.a[0][-folds[0].config["r"] :]  # the last of the stacked factors
+            name = next(e.name for e in folds if torch.equal(own, next(iter(lora_factors(e).values())).a))
+            seen.append((name, tuple(e.id for e in examples)))
+            return torch.zeros(len(examples), len(examples[0].choices)).log_softmax(1)
+
+        monkeypatch.setattr("pituning.training.starts.log_probabilities", read)
+        own: dict[int | None, Expert] = {0: folds[0], 1: folds[1], None: folds[2]}
+        found = best_scale(
+            bert,
+            lambda s: blend_start(bert, [other], [0.5, 0.5], own, train="none", scale=s),
+            task.split("train"),
+            SEARCH,
+        )
+        assert found == SCALES[0], "of equal ones the first"
+        expected = [(folds[n].name, tuple(e.id for e in held[n])) for n in (0, 1)]
+        assert seen == expected * len(SCALES)
+
+    @pytest.mark.parametrize("scale", ["most", 0.0, -1.0])
+    def test_nonsense(self, bert: Backbone, random_experts: Any, make_task: Any, scale: Any) -> None:
+        with pytest.raises(PituningError, match="scale must be"):
+            interpolate(bert, make_task(), random_experts(bert, "lora", 2, 6), scale=scale, search=SEARCH)
 
 
 class TestInitialWeights:
@@ -227,7 +309,7 @@ def test_with_the_own_expert_the_weights_stay(
     prefer(monkeypatch, 0)
     experts = random_experts(bert, "bottleneck", 2, 9)
     result = interpolate(
-        bert, make_task(), experts, own, include_own=True, train="experts", search=SEARCH, init="uniform"
+        bert, make_task(), experts, own, include_own=True, train="experts", search=SEARCH, init="uniform", scale=1
     )
     assert result.experts == (*(e.name for e in experts), "own")
     for row in result.weights.values():
@@ -265,7 +347,7 @@ def test_the_warm_start_is_from_the_expert_that_tells_answers_apart_however_it_l
     rows = [(right + shift).log_softmax(1), torch.zeros_like(right).log_softmax(1)]
     losses = [float(-r[torch.arange(len(truth)), truth].mean()) for r in rows]
     assert losses[0] > losses[1], "as it is, the one that tells nothing looks better"
-    given = iter(rows)
+    given = iter([*rows, *[rows[0]] * len(SCALES)])
     monkeypatch.setattr("pituning.training.starts.log_probabilities", lambda *_: next(given))
     prefer(monkeypatch, 1)
     assert interpolate(bert, task, [leaning, vague], search=SEARCH).experts == (leaning.name,)

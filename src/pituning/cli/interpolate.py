@@ -60,11 +60,11 @@ def interpolate(
     train_mode: Annotated[
         TrainMode,
         typer.Option(
-            help="What is trained: the weights and all experts (the paper), the weights and one shared difference "
-            "(less memory), the weights alone, nothing, or one expert that starts at the blend.",
+            help="What is trained: one expert that starts at the blend, the weights and all experts (the paper), the weights "
+            "and one shared difference, the weights alone, or nothing.",
             rich_help_panel=_PANEL,
         ),
-    ] = "experts",
+    ] = "merge-then-tune",
     init: Annotated[
         str,
         typer.Option(
@@ -212,7 +212,9 @@ def _tables(found: Interpolation) -> list[Group]:
     ]
     weights = [[name, f"{weight:.3f}"] for name, weight in found.mean_weights().items()]
     return [
-        table("Candidates", ["", "candidate", "scale#", "cross-fitted log-loss#", "learning rate#", "steps#"], candidates),
+        table(
+            "Candidates", ["", "candidate", "scale#", "cross-fitted log-loss#", "learning rate#", "steps#"], candidates
+        ),
         table("Blended from", ["expert", "mean weight#"], weights),
     ]
 

@@ -208,7 +208,9 @@ def _pi(draw: Draw) -> ArmResult:
         "experts": list(first.experts),
         "weights": {group: list(row) for group, row in first.weights.items()},
         "scale": chosen.scale,
-        "candidates": [{"name": c.name, "loss": c.loss, "chosen": c.chosen} for c in first.candidates],
+        "candidates": [
+            {"name": c.name, "scale": c.scale, "loss": c.loss, "chosen": c.chosen} for c in first.candidates
+        ],
         "cross-fitted log-loss": chosen.loss,
         "learning_rate": chosen.learning_rate,
         "steps": chosen.steps,

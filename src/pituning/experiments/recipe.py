@@ -62,7 +62,7 @@ class InterpolationSection(_Strict):
     kind: str = "calibrated-score"  # as DEFAULT_KIND of pituning.similarity.select, which imports torch
     reference: Literal["shared", "own"] = "shared"
     top: int = Field(default=3, ge=1)
-    train: Literal["experts", "shared", "weights", "none", "merge-then-tune"] = "experts"
+    train: Literal["experts", "shared", "weights", "none", "merge-then-tune"] = "merge-then-tune"
     granularity: Literal["model", "encoder-decoder", "layer", "attention", "module", "tensor"] = "module"
     init: Literal["score", "uniform"] = "score"
     include_own: Literal["auto", True, False] = "auto"

@@ -133,8 +133,10 @@ class Weights:
     note: str
 
     @property
-    def sums_to_one(self) -> bool:
-        return bool(np.allclose(self.values.sum(axis=1), 1.0, atol=1e-3))
+    def total(self) -> float | None:
+        """What the weights sum to, where that is the same in every group."""
+        sums = self.values.sum(axis=1)
+        return float(sums[0]) if np.allclose(sums, sums[0], atol=1e-3) else None
 
 
 @dataclass(frozen=True)

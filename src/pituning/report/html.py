@@ -154,9 +154,9 @@ def _weights(_: Mapping[str, Any], content: Content) -> Section | None:
     weights = content.weights
     if weights is None:
         return None
-    middle = f"an equal share (1/{len(weights.experts)})" if weights.sums_to_one else "zero"
+    share = "zero" if weights.total is None else f"an equal share ({weights.total:.3g}/{len(weights.experts)})"
     prefix = without_common_prefix(weights.groups)[0]
-    note = f"Weight of each expert in each part of the backbone; a cell without colour is {middle}."
+    note = f"Weight of each expert in each part of the backbone; a cell without colour is {share}."
     note += f" All names begin with <code>{escape(prefix)}</code>" if prefix else ""
     note += f"<br>{escape(weights.note)}" if weights.note else ""
     return "Weights", f'<p class="note">{note}</p>\n{_chart(plots.weights_figure(weights), "weights", "weights.png")}'

@@ -90,8 +90,8 @@ def short_groups(weights: Weights) -> list[str]:
 
 
 def colour_range(weights: Weights) -> tuple[float, float]:
-    """Middle of the colour scale (the equal share where weights sum to one, else zero) and its reach either way."""
-    middle = 1.0 / len(weights.experts) if weights.sums_to_one else 0.0
+    """Middle of the colour scale (the equal share where all groups have one sum, else zero) and its reach either way."""
+    middle = 0.0 if weights.total is None else weights.total / len(weights.experts)
     return middle, max(float(np.abs(weights.values - middle).max()), 0.01)
 
 

@@ -90,13 +90,14 @@ def candidates_table(candidates: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             (str(candidates[i]["name"]), "name"),
+            _number(finite_or_none(candidates[i].get("scale", 1.0)), 1),
             _number(losses[i], 3),
             ("✓ chosen" if candidates[i].get("chosen") else "", ""),
         ]
         for i in order
     ]
     classes = ["pi" if candidates[i].get("chosen") else "" for i in order]
-    return _table([("candidate", ""), ("log-loss", "number"), ("", "")], rows, classes)
+    return _table([("candidate", ""), ("scale", "number"), ("log-loss", "number"), ("", "")], rows, classes)
 
 
 def overlaps_table(overlaps: Sequence[Mapping[str, Any]], longest: int = 50) -> str:

@@ -69,7 +69,7 @@ class Interpolation:
         rows = [f"interpolation for {self.expert.card.task}"]
         rows += [
             f"  {'→' if c.chosen else ' '} {c.name}: cross-fitted log-loss {c.loss:.4f} "
-            f"(rate {c.learning_rate:g}, {c.steps} steps)"
+            f"(scale {c.scale:g}, rate {c.learning_rate:g}, {c.steps} steps)"
             for c in self.candidates
         ]
         rows += [f"  weight of {name}: {weight:.3f}" for name, weight in self.mean_weights().items()]

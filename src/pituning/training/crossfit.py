@@ -118,11 +118,14 @@ def choose_cell(losses: Mapping[tuple[float, int], Tensor], warm: bool) -> tuple
     All cells whose loss is within one (paired) standard error of the best are as good as the best. A *warm* start, from
     experts of other tasks, takes the lowest rate among them: a hot one erases what they know faster than a few shots can
     show. A start from scratch has nothing to lose and takes the best rate. Either takes the most steps that remain, since
-    the refit has more examples than a fold had.
+    the refit has more examples than a fold had. A warm start that can be trained is trained: its experts and weights were
+    chosen on all shots, the held-out ones among them, so that before the first step it looks better than it is.
 
     Args:
         losses: (learning rate, steps) → per-example held-out loss, all over the same examples.
     """
+    if warm and any(steps for _, steps in losses):
+        losses = {cell: values for cell, values in losses.items() if cell[1]}
     best = min(losses, key=lambda cell: (float(losses[cell].mean()), cell))
 
     cells = [cell for cell in losses if within_one_standard_error(losses[cell], losses[best])]

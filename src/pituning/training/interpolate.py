@@ -74,7 +74,7 @@ def choose(
     experts: Sequence[Expert],
     own: Expert | None = None,
     *,
-    train: str = "experts",
+    train: str = "merge-then-tune",
     granularity: Granularity = "module",
     init: str | Sequence[float] = "score",
     similarities: Sequence[float] | None = None,
@@ -89,9 +89,9 @@ def choose(
     """Compare the candidates by cross-fitted log-loss on the shots.
 
     Args:
-        train: ``"experts"`` (the paper: α and all φ_k), ``"shared"`` (frozen experts, α and one trainable δ: less memory;
-            for LoRA, δ starts at zero and wants a learning rate about three times higher), ``"weights"`` (α only),
-            ``"none"`` (a soup) or ``"merge-then-tune"`` (one expert that starts at the soup; the weights stay).
+        train: ``"merge-then-tune"`` (one expert that starts at the blend; the weights stay), ``"experts"`` (the paper: α and
+            all φ_k), ``"shared"`` (frozen experts, α and one trainable δ; for LoRA, δ starts at zero and wants a learning
+            rate about three times higher), ``"weights"`` (α only) or ``"none"`` (a soup).
         granularity: who shares weights: ``model``, ``encoder-decoder``, ``layer``, ``attention`` (the paper's LoRA),
             ``module`` (its adapters), ``tensor`` or a function; see :func:`pituning.interpolation.build.group_name`.
         init: starting weights: ``"uniform"``, ``"similarity"`` (softmax of ``similarities``), ``"score"`` (from each

@@ -1,0 +1,85 @@
+"""How far to reach out: the mean of three experts, times a scale, before and after it is tuned on the shots.
+
+    python benchmarks/scale.py --pool WORK/experts/DIGEST --data ../shared/data/text --targets cr subj sick_para
+
+The pool is the one that `python -m benchmarks.transfer run --suite core` trains in its work folder. For every target, draw and
+scale, of the uniform mean of the three nearest by `calibrated-score`: the calibrated log-loss on the shots, by which
+`interpolate` takes a scale; the accuracy on 500 test examples as it is; and after 40 steps of 16 at a rate of 3e-4 on all of
+the shots, without any choice. At scale 0 the blend does nothing, and only its directions are left. With `--noise` the
+three are random experts of the same ‖ΔW‖ (see `random_parameters`): what scale does by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+if not __package__:  # run by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pituning as pt
+from benchmarks.warm import warm_started
+from pituning.experiments.controls import random_parameters
+from pituning.experts.expert import Expert, ExpertCard
+from pituning.interpolation import build_mixture, collapse
+from pituning.similarity.select import rank_experts
+from pituning.training.crossfit import Search
+from pituning.training.evaluation import evaluate
+from pituning.training.starts import calibrated_loss
+
+SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.5)
+LIMIT = 500
+
+
+def main() -> None:
+    """One line for each target, draw and scale."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pool", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
+    parser.add_argument("--targets", nargs="+", required=True)
+    parser.add_argument("--draws", nargs="+", type=int, default=[0])
+    parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES))
+    parser.add_argument("--noise", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    backbone, pool, search = pt.load_backbone("minilm"), pt.ExpertPool(options.pool), Search()
+    print("target draw experts scale | log-loss on the shots, accuracy as it is, accuracy and log-loss when tuned")
+    for target in options.targets:
+        for draw in options.draws:
+            task = pt.load_task(target, data=options.data).few_shot(16, draw)
+            examples = task.split("train")
+            nearest = rank_experts(backbone, task, pool).top(3)
+            experts = [random_parameters(backbone, e, draw) for e in nearest] if options.noise else nearest
+            mean = _mean(experts)
+            for scale in options.scales:
+                blend = _times(mean, scale)
+                settings = search.settings(min(search.learning_rates), search.steps, draw)
+                tuned = warm_started(backbone, blend, examples, settings, blend.card)
+                before = evaluate(backbone, blend, task, limit=LIMIT)
+                after = evaluate(backbone, tuned, task, limit=LIMIT)
+                print(
+                    f"{target} {draw} {','.join(e.name for e in nearest)}{' as noise' * options.noise} {scale:g} | "
+                    f"{calibrated_loss(backbone, blend, examples):.3f} {100 * before.value:.1f} {100 * after.value:.1f} "
+                    f"{after.metrics['log-loss']:.3f}",
+                    flush=True,
+                )
+
+
+def _mean(experts: list[Expert]) -> Expert:
+    mixture, config = build_mixture(experts, train="none")
+    card = ExpertCard("mean", fingerprint=experts[0].card.fingerprint, method="lora")
+    return collapse(mixture, config, card).expert
+
+
+def _times(expert: Expert, scale: float) -> Expert:
+    """ΔW times a number, which B takes."""
+    return replace(expert, tensors={k: t * scale if ".lora_B." in k else t for k, t in expert.tensors.items()})
+
+
+if __name__ == "__main__":
+    main()
