@@ -194,46 +194,42 @@ def test_a_soup_is_the_sum_with_the_evidences_weights(
 class TestScale:
     """The sum of the weights at which the untrained blend explains the shots best."""
 
-    @pytest.mark.parametrize("method", METHODS)
     def test_is_the_best_of_all(
-        self, bert: Backbone, random_experts: Any, make_task: Any, lora_deltas: Any, with_deltas: Any, method: str
+        self, bert: Backbone, random_experts: Any, make_task: Any, lora_deltas: Any, with_deltas: Any
     ) -> None:
         """By blends made by hand, one example at a time."""
-        task = make_task()
-        experts = random_experts(bert, method, 2, 6)
-        initial = initial_tensors(bert, experts[0].config)
-        experts = [e.with_card(init_hash=tensor_hash(initial)) for e in experts]
+        task, experts = make_task(), random_experts(bert, "lora", 2, 6)
         weights = np.array([0.3, 0.7])
         result = interpolate(
             bert, task, experts, init=weights.tolist(), train="none", alternatives=False, search=SEARCH
         )
         examples, losses = task.split("train"), {}
         for scale in SCALES:
-            if method == "lora":
-                dense: dict[str, Tensor] = {}
-                for weight, expert in zip(scale * weights, experts, strict=True):
-                    for name, delta in lora_deltas(expert).items():
-                        dense[name] = dense.get(name, torch.zeros_like(delta)) + weight * delta
-                carried = with_deltas(bert, dense)
-            else:
-                moved = {
-                    k: start + sum(w * (e.tensors[k] - start) for w, e in zip(scale * weights, experts, strict=True))
-                    for k, start in initial.items()
-                }
-                carried = attached(bert, experts[0].config, moved)
-            with torch.no_grad(), carried:
+            dense: dict[str, Tensor] = {}
+            for weight, expert in zip(scale * weights, experts, strict=True):
+                for name, delta in lora_deltas(expert).items():
+                    dense[name] = dense.get(name, torch.zeros_like(delta)) + weight * delta
+            with torch.no_grad(), with_deltas(bert, dense):
                 rows = [bert.score(bert.collate([e]), e.choices)[0] for e in examples]
             losses[scale] = float(bias_calibrated_losses(torch.stack(rows).log_softmax(1), examples).mean())
         (candidate,) = result.candidates
         assert losses[candidate.scale] == pytest.approx(min(losses.values()), rel=1e-4)
         assert len({round(loss, 4) for loss in losses.values()}) > 1
 
-    def test_no_common_start_no_scale(self, bert: Backbone, random_experts: Any, make_task: Any) -> None:
-        experts = [e.with_card(init_hash="") for e in random_experts(bert, "bottleneck", 2, 6)]
-        options: dict[str, Any] = {"train": "none", "alternatives": False, "search": SEARCH}
+    def test_other_methods_have_the_mean(self, bert: Backbone, random_experts: Any, make_task: Any) -> None:
+        """Unless a number is given, which reaches out from the common start."""
+        experts = random_experts(bert, "bottleneck", 2, 6)
+        initial = initial_tensors(bert, experts[0].config)
+        experts = [e.with_card(init_hash=tensor_hash(initial)) for e in experts]
+        options: dict[str, Any] = {"train": "none", "alternatives": False, "search": SEARCH, "init": "uniform"}
         assert interpolate(bert, make_task(), experts, **options).candidates[0].scale == 1
+        found = interpolate(bert, make_task(), experts, scale=3.0, **options)
+        for key, start in initial.items():
+            moved = start + 1.5 * sum(e.tensors[key] - start for e in experts)
+            torch.testing.assert_close(found.expert.tensors[key], moved, rtol=1e-4, atol=1e-5)
+        unknown = [e.with_card(init_hash="") for e in experts]
         with pytest.raises(RefusedError, match="common start"):
-            interpolate(bert, make_task(), experts, scale=2.0, **options)
+            interpolate(bert, make_task(), unknown, scale=3.0, **options)
 
     def test_the_own_expert_has_not_seen_what_it_is_read_on(
         self, bert: Backbone, random_experts: Any, make_task: Any, monkeypatch: pytest.MonkeyPatch
@@ -347,7 +343,7 @@ def test_the_warm_start_is_from_the_expert_that_tells_answers_apart_however_it_l
     rows = [(right + shift).log_softmax(1), torch.zeros_like(right).log_softmax(1)]
     losses = [float(-r[torch.arange(len(truth)), truth].mean()) for r in rows]
     assert losses[0] > losses[1], "as it is, the one that tells nothing looks better"
-    given = iter([*rows, *[rows[0]] * len(SCALES)])
+    given = iter(rows)
     monkeypatch.setattr("pituning.training.starts.log_probabilities", lambda *_: next(given))
     prefer(monkeypatch, 1)
     assert interpolate(bert, task, [leaning, vague], search=SEARCH).experts == (leaning.name,)

@@ -95,7 +95,7 @@ def interpolate(
         str,
         typer.Option(
             metavar="HOW",
-            help="What softmax weights sum to: auto, which asks the examples, or a number (1 is the paper's).",
+            help="What softmax weights sum to: a number (1 is the paper's), or auto, which asks the examples for LoRA.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto",

@@ -15,7 +15,7 @@ from typing import Any
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError
 from pituning.experts.expert import Expert
-from pituning.interpolation.build import Granularity
+from pituning.interpolation.build import Granularity, is_lora
 from pituning.tasks.task import Task
 from pituning.training.blend import Candidate, Interpolation, blended_card, collapsed, require_rank
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_one_standard_error
@@ -101,9 +101,9 @@ def choose(
         alternatives: also compare a warm start from the expert of the lowest such log-loss, which is the first of a ranking
             by ``calibrated-score``, and the own expert as it is.
         coefficients, temperature: from α to the weights; see :class:`pituning.interpolation.Coefficients`.
-        scale: what softmax weights sum to, for the interpolations; ``"auto"`` takes that of :data:`SCALES` at which the
-            untrained blend has the lowest such log-loss, and 1 (the paper) for other coefficients and for experts that
-            have no common start to reach out from.
+        scale: what softmax weights sum to, for the interpolations; ``"auto"`` takes for LoRA that of :data:`SCALES` at which
+            the untrained blend has the lowest such log-loss, and else 1 (the paper): twice the change of a bottleneck's
+            two matrices is four times its effect.
         search: learning rates, steps and folds, the same for every candidate. With ``optimizer="cma"`` and
             ``train="weights"`` the weights of the interpolation are learned without gradients.
         own_folds: the own expert without each fold of ``search``, from :func:`fold_experts`, where several choices for one
@@ -128,10 +128,10 @@ def choose(
     def interpolation(name: str, members: Sequence[Expert], weights: Sequence[float], with_own: bool) -> _Plan:
         begin = partial(blend_start, backbone, experts, weights, folds if with_own else None)
         found = scale
-        if isinstance(found, str):
+        if isinstance(found, str) and coefficients == "softmax" and is_lora(experts[0]):
             untrained = {**how, "train": "none"}
-            tried = partial(best_scale, backbone, lambda s: begin(**untrained, scale=s), examples)
-            found = 1.0 if coefficients != "softmax" else tried(search if with_own else None)
+            found = best_scale(backbone, lambda s: begin(**untrained, scale=s), examples, search if with_own else None)
+        found = 1.0 if isinstance(found, str) else found
         return _Plan(name, tuple(members), weights, begin(**how, scale=found), search, granularity, found)
 
     plain = replace(search, optimizer="adamw", weights_to_start=0.0, weights_spread=0.0)  # for one expert alone

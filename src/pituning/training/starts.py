@@ -71,14 +71,14 @@ def best_scale(
     """That of :data:`SCALES` at which an untrained blend has the lowest :func:`bias_calibrated_loss` on the shots.
 
     Experts of different tasks change different things, so that their mean changes each of them less than its expert does,
-    and more of all of them is better, up to a point; where none of them helps, none of the scales does.
+    and more of all of them is better, up to a point.
 
     Args:
         start: scale → a start that trains nothing.
         search: given, the start contains the own expert, and each fold is read without the expert that has seen it.
 
     Returns:
-        one where the experts have no common starting point to reach out from.
+        one where the experts have no product form, or no common starting point, to reach out from.
     """
     parts: list[tuple[int | None, Sequence[Example]]] = [(None, examples)]
     if search is not None:
