@@ -82,7 +82,10 @@ def test_push_and_pull(pool: ExpertPool, tmp_path: Path) -> None:
         (["--coefficients", "linear", "--train-mode", "weights", "--init", "0.7,-0.2"], "linear"),
         (["--coefficients", "sigmoid", "--optimizer", "cma", "--train-mode", "weights"], "sigmoid"),
         (["--train-mode", "merge-then-tune", "--max-error", "0.1", "--granularity", "encoder-decoder"], "softmax"),
-        (["--weights-to-start", "0.5", "--weights-spread", "0.1", "--temperature", "2"], "softmax"),
+        (
+            ["--train-mode", "experts", "--weights-to-start", "0.5", "--weights-spread", "0.1", "--temperature", "2"],
+            "softmax",
+        ),
     ],
 )
 @pytest.mark.usefixtures("short_search")

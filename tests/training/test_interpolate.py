@@ -262,6 +262,15 @@ class TestScale:
             interpolate(bert, make_task(), random_experts(bert, "lora", 2, 6), scale=scale, search=SEARCH)
 
 
+@pytest.mark.parametrize("penalty", ["weights_to_start", "weights_spread"])
+def test_held_weights_have_nothing_to_regularise(
+    bert: Backbone, random_experts: Any, make_task: Any, penalty: str
+) -> None:
+    search = replace(SEARCH, **{penalty: 0.5})
+    with pytest.raises(PituningError, match="holds the weights"):
+        interpolate(bert, make_task(), random_experts(bert, "lora", 2, 6), search=search)
+
+
 class TestInitialWeights:
     def first(self, backbone: Backbone, task: Task, experts: Any, **options: Any) -> tuple[float, ...]:
         options = {"train": "none", "alternatives": False, "search": SEARCH, **options}

@@ -114,6 +114,11 @@ def choose(
     """
     search = search or Search(alpha_learning_rate=ALPHA_LEARNING_RATE)
     require_consistent(experts, own, init, include_own, similarities, scale)
+    if (search.weights_to_start or search.weights_spread) and train in ("none", "merge-then-tune"):
+        raise PituningError(
+            f"train={train!r} holds the weights, so that nothing is there to regularise: train them "
+            "(train='weights', 'shared' or 'experts'), or leave weights_to_start and weights_spread out"
+        )
     for expert in (*experts, *([own] if own else [])):
         expert.require_backbone(backbone)
     examples = task.split("train")
