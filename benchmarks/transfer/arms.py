@@ -33,9 +33,11 @@ from pituning.training.trainer import fit
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """s of ``own-rescaled``."""
 DEFAULTS = 2
-"""Of `choose` and of warm starts; raised when they change, so that cells of before no longer count. 2: the weights sum to a
-scale, the blend is tuned as one expert, and a warm start takes at least the grid's fewest steps."""
-WARM = ("nearest-tuned", "soup-tuned", "multitask-tuned", "ties-tuned", "ratatouille")
+"""Of `choose`; raised when they change, so that cells of before no longer count. 2: the weights sum to a scale, and the blend is
+tuned as one expert."""
+WARM_DEFAULTS = 2
+"""Of warm starts, π's among them, likewise. 2: they take at least the grid's fewest steps."""
+WARM = ("nearest-tuned", "soup-tuned", "multitask-tuned", "ties-tuned", "lorahub", "ratatouille", "pi-published")
 HUB_SHARE = 4
 """LoraHub runs a quarter of the grid's steps, each a generation of 4 + ⌊3 ln n⌋ forward passes over all shots."""
 
@@ -72,8 +74,10 @@ class Arm:
 
     def identity(self) -> dict[str, Any]:
         """Plain values that change where the arm does."""
-        dated = self.name in WARM or _function(self.compute) is _pi
-        return {"name": self.name, "options": dict(self.options), **({"defaults": DEFAULTS} if dated else {})}
+        dated: dict[str, Any] = {"defaults": WARM_DEFAULTS} if self.name in WARM else {}
+        if _function(self.compute) is _pi:
+            dated = {"defaults": [WARM_DEFAULTS, DEFAULTS]}
+        return {"name": self.name, "options": dict(self.options), **dated}
 
 
 def _as_recipes_have_it(arm: str, uses: Callable[[Setting], Sequence[Expert]], setting: Setting) -> Outcome:

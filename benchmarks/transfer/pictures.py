@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.plots import Row, heat_map, intervals, signed
 from benchmarks.transfer.arms import ARMS
-from benchmarks.transfer.report import Found, differences
+from benchmarks.transfer.report import Found, differences, shown
 from pituning.report.images import drawing, save
 from pituning.report.style import OTHER, OWN, PI
 
@@ -37,9 +37,9 @@ def _differences(found: Found, shots: int) -> Any:
     for arm, difference in differences(found, RIVAL, shots, found.suite.report).items():
         sure = difference.low > 0 or difference.high < 0
         colour = PI if arm.startswith("pi") and sure else OWN if sure else OTHER
-        text = f"{signed(difference.mean)} ({signed(difference.low)} to {signed(difference.high)})"
-        dots = list(difference.by_target.values())
-        rows[ARMS[arm].label] = Row(difference.mean, difference.low, difference.high, dots, colour, text)
+        dots, mean = list(difference.by_target.values()), difference.mean
+        ends = (mean, mean) if difference.pairs == 1 else (difference.low, difference.high)  # no interval of one pair
+        rows[ARMS[arm].label] = Row(mean, *ends, dots, colour, shown(difference))
     label = "difference to own + the same extra steps, points; dots are targets"
     return intervals(rows, label=label, title=_title(found, "report targets", shots), lines={0.0: "-"})
 

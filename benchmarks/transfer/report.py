@@ -13,11 +13,13 @@ from typing import Any
 from benchmarks.plots import signed
 from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.cells import REVISION, digest, write_parquet
-from benchmarks.transfer.intervals import Difference, Values, paired_difference
+from benchmarks.transfer.intervals import Difference, Values, paired_difference, upper_bounds
 from benchmarks.transfer.suites import Suite
 from pituning.errors import PituningError
 
 RIVALS = ("own-extra", "nearest-tuned")
+HARM = 1.0
+"""Points that π may cost a target; a bound below minus this is harm beyond doubt."""
 POINTS = 100.0
 """Values are shares; tables have them times 100."""
 
@@ -283,11 +285,11 @@ def _overall(found: Found, shots: int) -> list[str]:
         extra = against["own-extra"].get(arm)
         worst = f"{extra.worst} {signed(extra.by_target[extra.worst])}" if extra else ""
         won = f"{extra.won * len(extra.by_target):g} of {len(extra.by_target)}" if extra else ""
-        shown = " | ".join(_difference(against[rival].get(arm)) for rival in RIVALS)
+        against_rivals = " | ".join(shown(against[rival].get(arm)) for rival in RIVALS)
         label = f"{ARMS[arm].label} (`{arm}`)"
         seconds = statistics.fmean(c["seconds"] for c in cells)
         count = str(len(cells)) if len(cells) == expected else f"**{len(cells)} of {expected}**"
-        lines.append(f"| {label} | {mean:.1f} | {shown} | {worst} | {won} | {seconds:.0f} | {count} |")
+        lines.append(f"| {label} | {mean:.1f} | {against_rivals} | {worst} | {won} | {seconds:.0f} | {count} |")
     return lines
 
 
@@ -300,8 +302,21 @@ def _pi_against_all(found: Found, shots: int) -> list[str]:
         difference = paired_difference(ours, found.values(arm, shots), suite.report)
         if difference is not None:
             won = f"{difference.won * len(difference.by_target):g} of {len(difference.by_target)}"
-            rows.append(f"| `pi` − `{arm}` | {_difference(difference)} | {won} | {difference.pairs} |")
-    return ["| | difference | won | pairs |", "|---|---|---|---|", *rows] if rows else []
+            rows.append(f"| `pi` − `{arm}` | {shown(difference)} | {won} | {difference.pairs} |")
+    return ["| | difference | won | pairs |", "|---|---|---|---|", *rows, *_harm(found, shots)] if rows else []
+
+
+def _harm(found: Found, shots: int) -> list[str]:
+    """Whether π takes anything away from the own expert with extra steps, target by target."""
+    suite = found.suite
+    bounds = upper_bounds(found.values("pi", shots), found.values("own-extra", shots), suite.report)
+    difference = differences(found, "own-extra", shots, suite.report).get("pi")
+    if not bounds or difference is None:
+        return []
+    each = ", ".join(f"{t} {signed(difference.by_target[t])} (≤ {signed(bound)})" for t, bound in bounds.items())
+    harmed = [t for t, bound in bounds.items() if bound < -HARM]
+    verdict = f"**wholly below −{HARM:g} point: {', '.join(harmed)}**" if harmed else f"none is below −{HARM:g} point"
+    return ["", f"`pi` − `own-extra` by target, with its one-sided 95 % bound: {each}; {verdict}."]
 
 
 def _by_arm(found: Found, shots: int) -> list[str]:
@@ -331,14 +346,15 @@ def _by_target(found: Found, shots: int, task: str) -> list[str]:
             each = " ".join(f"{v:.1f}" for v in values)
             loss = statistics.fmean(c["log_loss"] for c in cells)
             seconds = statistics.fmean(c["seconds"] for c in cells)
-            mean, difference = statistics.fmean(values), _difference(against.get(arm))
+            mean, difference = statistics.fmean(values), shown(against.get(arm))
             lines.append(f"| `{arm}` | {mean:.1f} | {each} | {difference} | {loss:.3f} | {seconds:.0f} |")
     return lines
 
 
-def _difference(difference: Difference | None) -> str:
+def shown(difference: Difference | None) -> str:
+    """Mean and interval; of a single pair, which has no spread, the mean alone."""
     if difference is None:
         return ""
-    if difference.pairs == 1:  # one pair has no spread to resample
+    if difference.pairs == 1:
         return signed(difference.mean)
     return f"{signed(difference.mean)} ({signed(difference.low)} to {signed(difference.high)})"

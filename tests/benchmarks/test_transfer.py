@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from benchmarks.transfer.__main__ import main
 from benchmarks.transfer.arms import ARMS, rescaled
 from benchmarks.transfer.cells import REVISION, Cells, claimed, digest, read_parquet
 from benchmarks.transfer.descent import fully_tuned
-from benchmarks.transfer.intervals import paired_difference, resampled_means
+from benchmarks.transfer.intervals import paired_difference, resampled_means, upper_bounds
 from benchmarks.transfer.report import Commands, block, differences, gather, keep
 from benchmarks.transfer.running import Bench, Part, prepared, run
 from benchmarks.transfer.setting import Setting
@@ -143,6 +144,22 @@ def test_differences_are_paired_by_target_and_seed() -> None:
     assert found.by_target == {"a": 2.0, "b": -2.0}
     assert (found.mean, found.worst, found.won, found.pairs) == (0.0, "b", 0.5, 3)
     assert paired_difference(left, right, ["c", "d"]) is None
+
+
+def test_a_single_target_has_students_interval_and_bound() -> None:
+    left = {"a": {0: 1.0, 1: 2.0, 2: 6.0}, "b": {0: 5.0}, "c": {0: 1.0, 1: 1.0}}
+    right = {t: dict.fromkeys(row, 0.0) for t, row in left.items()}
+    found = paired_difference(left, right, ["a"])
+    known = scipy.stats.ttest_1samp([1.0, 2.0, 6.0], 0.0)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval(0.95)))
+    assert upper_bounds(left, right, ["a", "b", "c", "d"]) == {
+        "a": pytest.approx(known.confidence_interval(0.90).high),  # one-sided at 95 %
+        "c": 1.0,
+    }
+    single = paired_difference(left, right, ["b"])
+    assert single is not None
+    assert np.isnan([single.low, single.high]).all()
 
 
 # suites

@@ -167,9 +167,9 @@ class TestResume:
         self, backbone: Backbone, experts: list[Expert], train: str, examples: Any, settings: TrainSettings, folder: Path,
         monkeypatch: pytest.MonkeyPatch, after: int = 5, held_out: Any = (),
     ) -> tuple[Mixture, Mixture]:  # fmt: skip
-        """The same run uninterrupted, and killed after some steps and resumed."""
+        """The same run uninterrupted, and killed after some steps and resumed; what they report is the same, too."""
         whole, config = make(backbone, experts, train)
-        fit(backbone, whole, config, examples, settings, folder=folder / "whole", held_out=held_out)
+        expected = fit(backbone, whole, config, examples, settings, folder=folder / "whole", held_out=held_out)
         dead, config = make(backbone, experts, train)
         with killed_after(after, monkeypatch):
             fit(backbone, dead, config, examples, settings, folder=folder / "part", held_out=held_out)
@@ -187,6 +187,8 @@ class TestResume:
                 backbone, resumed, config, examples, settings, folder=folder / "part", resume=True, held_out=held_out
             )
         assert result.steps == settings.steps
+        for name in ("held_out", "weights", "best_step", "end_step"):  # the first training loss after a resume is `Trainer`'s own
+            assert getattr(result, name) == getattr(expected, name), name
         assert len(count) < (settings.steps or 0), "the run must go on from its checkpoint"
         return whole, resumed
 

@@ -89,7 +89,7 @@ def run_recipe(
     with _steps(progress) as step:
         step("task graph", 0, 1)
         results = _compare(recipe, draws, cells, ceiling)
-        results |= _map_of_tasks(recipe, backbone, draws[0], _Only(pool, recipe.pool.tasks))
+        results |= _map_of_tasks(Draw(recipe, backbone, draws[0], _Only(pool, recipe.pool.tasks), own_cache(folder)))
         step("leak audit", 0, 1)
         results["audit"] = _audit(_Only(pool, recipe.pool.tasks), target, tasks, draws, recipe.test_limit)
     results |= {
@@ -153,14 +153,27 @@ def _train_pool(recipe: Recipe, backbone: Backbone, tasks: Mapping[str, Task], s
             result = evaluate(backbone, expert, task, limit=min(500, recipe.test_limit or 500))
             pool.add(expert.with_card(metrics={**expert.card.metrics, f"test {task.metric}": result.value}))
             continue
-        expert, wanted = pool.load(name), len(task.split("train"))
+        expert = pool.load(name)
         expert.require_backbone(backbone)
-        if recipe.pool.examples is not None and expert.card.training.get("examples", wanted) != wanted:
-            raise RecipeError(
-                f"pool {pool.folder}: expert {name!r} was trained on {expert.card.training['examples']} examples, the recipe "
-                f"says {wanted}; remove the expert's folder, or name another folder for the pool"
-            )
+        _require_as_the_recipe_says(recipe, pool, expert, len(task.split("train")))
     return pool
+
+
+def _require_as_the_recipe_says(recipe: Recipe, pool: ExpertPool, expert: Expert, examples: int) -> None:
+    """Refuse an expert of the pool that was trained otherwise than the recipe's file says.
+
+    What the file leaves out, or the expert's card, is not compared: a pool may come from elsewhere.
+    """
+    wanted = {"examples": examples, "epochs": recipe.pool.epochs, "learning_rate": recipe.pool.learning_rate}
+    for what, value in wanted.items():
+        if what not in recipe.pool.model_fields_set:
+            continue
+        if (found := expert.card.training.get(what, value)) != value:
+            said = f"{found} examples, the recipe says" if what == "examples" else f"{what} {found:g}, the recipe says"
+            raise RecipeError(
+                f"pool {pool.folder}: expert {expert.name!r} was trained {'on' if what == 'examples' else 'with'} {said} "
+                f"{value:g}; remove the expert's folder, or name another folder for the pool"
+            )
 
 
 def _cells(
@@ -174,7 +187,7 @@ def _cells(
         draw = Draw(recipe, backbone, task, _Only(pool, recipe.pool.tasks), own_cache(folder))
         for index, arm in enumerate(recipe.arms):
             step(f"draw {task.seed}: {ARMS[arm][0]}", number * len(recipe.arms) + index, total)
-            seeds = "".join(map(str, recipe.training_seeds))
+            seeds = "-".join(map(str, recipe.training_seeds))
             path = store / f"{recipe.digest()}.{arm}.{task.seed}.{seeds}.json"
             # a gallery of the first draw shows what π answers, which its cell does not hold
             expert_missing = (
@@ -218,7 +231,7 @@ def _cell(draw: Draw, arm: str, limit: int | None) -> dict[str, Any]:
 
 def _log_loss(found: Evaluation) -> float | None:
     """None where no example has a right answer that may be given, and so no log-loss."""
-    return None if all(map(math.isnan, found.losses)) else found.metrics["log-loss"]
+    return None if math.isnan(found.metrics["log-loss"]) else found.metrics["log-loss"]
 
 
 def _ceiling(recipe: Recipe, backbone: Backbone, target: Task, folder: Path, step: Any) -> dict[str, Any]:
@@ -340,21 +353,27 @@ def _summary(results: Mapping[str, Any]) -> str:
     return text + "."
 
 
-def _map_of_tasks(recipe: Recipe, backbone: Backbone, task: Task, pool: ExpertPool) -> dict[str, Any]:
-    """Task graph and ranking on the first draw, from Fisher embeddings at the shared reference, in float32."""
+def _map_of_tasks(draw: Draw) -> dict[str, Any]:
+    """Task graph and ranking on a draw: by the similarity that chose π's experts, and by Fisher similarities.
+
+    Graph and Fisher similarities are of embeddings at the shared reference, in float32.
+    """
+    recipe, backbone, task, pool = draw.recipe, draw.backbone, draw.task, draw.pool
     embeddings = {task.name: embed_task(backbone, shared_reference(pool, recipe.method), task, reference="shared")}
     embeddings |= {name: pool_embedding(backbone, pool, name, "shared") for name in pool.names()}
     graph = task_graph(embeddings)
-    first = recipe.interpolation.kind if recipe.interpolation.kind in SCORES else DEFAULT_KIND
-    kinds = [first, *FISHER_KINDS[::2]]
-    rankings = {kind: rank_experts(backbone, task, pool, kind=kind) for kind in kinds}
+    decided, section = draw.ranking, recipe.interpolation
+    first = section.kind + (" at own experts" if section.kind in FISHER_KINDS and section.reference == "own" else "")
+    kinds = list(dict.fromkeys([first, *FISHER_KINDS[::2]]))
+    rankings = {kind: rank_experts(backbone, task, pool, kind=kind) for kind in kinds if kind != first}
+    rankings = {first: decided, **rankings}
     similarity = {k: {e.name: s for e, s in zip(r.experts, r.similarities, strict=True)} for k, r in rankings.items()}
     order = [e.name for e in rankings[first].experts]
     return {
         "graph": {"kind": graph.kind, "names": graph.names, "matrix": graph.matrix, "target": task.name},
         "ranking": {
             "kinds": kinds,
-            "default": recipe.interpolation.kind if recipe.interpolation.kind in kinds else first,
+            "default": first,
             "experts": [{"name": n, "values": {k: similarity[k][n] for k in kinds}, "gain": None} for n in order],
         },
     }

@@ -12,7 +12,7 @@ from pituning.errors import RefusedError
 from pituning.experts.expert import Expert, ExpertCard
 from pituning.interpolation.build import Granularity, group_names, is_lora
 from pituning.interpolation.collapse import collapse
-from pituning.interpolation.mixture import Mixture
+from pituning.interpolation.mixture import Mixture, ProductMixture
 from pituning.tasks.task import Task
 from pituning.training.starts import blend_start, calibrated_loss, initial_weights, require_consistent
 from pituning.training.train_expert import dev_examples
@@ -133,7 +133,7 @@ def blend(
     )  # fmt: skip
     card = blended_card(backbone, task, members, mixture, settings, name)
     if result.held_out:
-        card = replace(card, metrics={"dev log-loss": result.held_out[result.best_step]})
+        card = replace(card, metrics={"dev log-loss": result.held_out[result.end_step]})
     found = collapsed(mixture, config, card, members, granularity, rank, max_error)
     return replace(found, trajectory=result.weights)
 
@@ -208,5 +208,9 @@ def collapsed(
         "max_error": max_error,
         "errors": {module: error for module, error in folded.errors.items() if error},
     }
-    expert = folded.expert.with_card(training={**card.training, "interpolation": record})
+    stacked = isinstance(mixture, ProductMixture) and not mixture.single
+    own_coordinates = stacked or rank is not None or max_error is not None  # no longer those of the members' start
+    expert = folded.expert.with_card(
+        training={**card.training, "interpolation": record}, init_hash="" if own_coordinates else card.init_hash
+    )
     return Interpolation(expert, tuple(e.name for e in members), by_group, (), folded.errors)

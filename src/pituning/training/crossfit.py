@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from pituning.backbones.base import Backbone
 from pituning.data.fewshot import stratified_folds
+from pituning.errors import PituningError
 from pituning.example import Example
 from pituning.interpolation.mixture import Mixture
 from pituning.training.evaluation import calibrated_losses, log_probabilities
@@ -122,16 +123,26 @@ def choose_cell(losses: Mapping[tuple[float, int], Tensor], warm: bool) -> tuple
     chosen on all shots, the held-out ones among them, so that before the first step it looks better than it is.
 
     Args:
-        losses: (learning rate, steps) → per-example held-out loss, all over the same examples.
+        losses: (learning rate, steps) → per-example held-out loss, all over the same examples. A cell with one that is not
+            finite has diverged, and is not taken.
+
+    Raises:
+        PituningError: if every cell has diverged; it names them.
     """
     if warm and any(steps for _, steps in losses):
         losses = {cell: values for cell, values in losses.items() if cell[1]}
+    losses = {cell: values for cell, values in losses.items() if bool(values.isfinite().all())} or _diverged(losses)
     best = min(losses, key=lambda cell: (float(losses[cell].mean()), cell))
 
     cells = [cell for cell in losses if within_one_standard_error(losses[cell], losses[best])]
     if warm:
         return min(cells, key=lambda cell: (cell[0], -cell[1]))
     return min(cells, key=lambda cell: (-cell[1], float(losses[cell].mean()), cell[0]))
+
+
+def _diverged(losses: Mapping[tuple[float, int], Tensor]) -> NoReturn:
+    cells = ", ".join(f"{steps} steps at {rate:g}" for rate, steps in losses)
+    raise PituningError(f"the held-out loss is not a finite number after any of {cells}: lower the learning rates")
 
 
 def within_one_standard_error(losses: Tensor, best: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def evaluate(
         metric.name: metric.compute(truths[metric.name], _as_text(metric, kind, examples, found)) for metric in wanted
     }
     name = expert.name if expert else f"{backbone.name} (zero-shot)"
-    values["log-loss"] = sum(known) / max(len(known), 1)
+    values["log-loss"] = statistics.fmean(known) if known else math.nan
     return Evaluation(task.name, split, name, task.metric, values, tuple(found), tuple(losses))
 
 
@@ -290,9 +291,10 @@ def calibrated_losses(log_p: Tensor, examples: Sequence[Example]) -> Tensor:
     truth = _columns(examples)
     if not common_choices(examples):
         return -log_p[:, 0].double()
+    rows = _finite(log_p)
 
     def losses(log_temperature: float) -> Tensor:
-        return F.cross_entropy(log_p.double() * math.exp(-log_temperature), truth, reduction="none")
+        return F.cross_entropy(rows * math.exp(-log_temperature), truth, reduction="none")
 
     found = minimize_scalar(lambda t: float(losses(t).mean()), bounds=(-2.0, 4.0), method="bounded")
     return losses(float(found.x))
@@ -315,7 +317,7 @@ def bias_calibrated_losses(log_p: Tensor, examples: Sequence[Example]) -> Tensor
     truth = _columns(examples)
     if not common_choices(examples):
         return -log_p[:, 0].double()
-    rows = log_p.double().clamp_min(torch.finfo(torch.float32).min)
+    rows = _finite(log_p)
 
     def losses(found: Tensor) -> Tensor:
         return F.cross_entropy(rows * found[0] + found[1:], truth, reduction="none")
@@ -331,6 +333,11 @@ def bias_calibrated_losses(log_p: Tensor, examples: Sequence[Example]) -> Tensor
     with torch.enable_grad():
         best = minimize(with_gradient, start, jac=True, bounds=bounds, method="L-BFGS-B").x  # the problem is convex
     return losses(torch.from_numpy(best)).detach()
+
+
+def _finite(log_p: Tensor) -> Tensor:
+    """An answer of probability zero has a log-probability to calibrate, too."""
+    return log_p.double().clamp_min(torch.finfo(torch.float32).min)
 
 
 def bias_calibrated_loss(log_p: Tensor, examples: Sequence[Example]) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError
+from pituning.example import Example
 from pituning.experts.expert import Expert
 from pituning.interpolation.build import Granularity, is_lora
 from pituning.tasks.task import Task
@@ -104,7 +105,8 @@ def choose(
         scale: what softmax weights sum to, for the interpolations; ``"auto"`` takes for LoRA that of :data:`SCALES` at which
             the untrained blend has the lowest such log-loss, and else 1 (the paper): twice the change of a bottleneck's
             two matrices is four times its effect.
-        search: learning rates, steps and folds, the same for every candidate. With ``optimizer="cma"`` and
+        search: learning rates, steps and folds, the same for every candidate; its ``alpha_learning_rate`` is zero unless it
+            is given, and then α stays where it starts. With ``optimizer="cma"`` and
             ``train="weights"`` the weights of the interpolation are learned without gradients.
         own_folds: the own expert without each fold of ``search``, from :func:`fold_experts`, where several choices for one
             target share them; trained here where they are not given.
@@ -118,6 +120,11 @@ def choose(
         raise PituningError(
             f"train={train!r} holds the weights, so that nothing is there to regularise: train them "
             "(train='weights', 'shared' or 'experts'), or leave weights_to_start and weights_spread out"
+        )
+    if train == "weights" and search.optimizer == "adamw" and not search.alpha_learning_rate:
+        raise PituningError(
+            "train='weights' with alpha_learning_rate=0 would train nothing: "
+            f"give the search a rate for α (without a search it is {ALPHA_LEARNING_RATE:g})"
         )
     for expert in (*experts, *([own] if own else [])):
         expert.require_backbone(backbone)
@@ -153,8 +160,15 @@ def choose(
         plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start, plain, "model"))
         if own is not None:
             plans.append(_Plan("keep the own expert", (own,), [1.0], kept_start(folds), plain, "model"))
-    found = [cross_fit(backbone, p.start, examples, p.search) for p in plans]
+    found = [_compared(backbone, p, examples) for p in plans]
     return Choice(backbone, task, tuple(plans), tuple(found))
+
+
+def _compared(backbone: Backbone, plan: _Plan, examples: Sequence[Example]) -> CrossFit:
+    try:
+        return cross_fit(backbone, plan.start, examples, plan.search)
+    except PituningError as error:
+        raise PituningError(f"{plan.name}: {error}") from error
 
 
 def own_is_compared(include_own: bool | str, alternatives: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ def best_scale(
             with running(backbone, mixture, config) as model:
                 rows.append(log_probabilities(backbone, part, model))
         losses[scale] = bias_calibrated_loss(torch.cat(rows), pooled)
-    return min(losses, key=losses.__getitem__)
+    return min(losses, key=lambda scale: (not math.isfinite(losses[scale]), losses[scale]))
 
 
 def kept_start(own: Mapping[int | None, Expert]) -> Start:

@@ -83,7 +83,7 @@ def train_expert(
         held_out=held_out, folder=folder, resume=resume, progress=progress,
     )  # fmt: skip
     if result.held_out:
-        metrics["dev log-loss"] = result.held_out[result.best_step]
+        metrics["dev log-loss"] = result.held_out[result.end_step]
     record |= {"steps_taken": result.steps, **settings_dict(settings)}
     card = ExpertCard(
         name=name or task.name,

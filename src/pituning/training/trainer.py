@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,9 @@ from pituning.training.module import MixtureModel, running
 
 OPTIMIZERS = ("adamw", "cma")
 WEIGHTS_FILE = "mixture.safetensors"
+HISTORY_FILE = "history.json"
+BEST_FILE = "best.safetensors"
+"""In a checkpoint: what was measured so far, and, of a run that keeps it, the best state; a resumed run goes on from them."""
 WEIGHTS, PARTS = "example_weights", "parts"  # their places in a batch
 
 
@@ -84,6 +88,9 @@ class Fit:
         held_out: held-out log-loss.
         held_out_log_p: rows of :func:`pituning.training.evaluation.log_probabilities` of the held-out examples.
         training: training loss.
+        steps: that were taken.
+        best_step: that of the lowest held-out log-loss.
+        end_step: whose state the mixture has: ``best_step`` where the best is kept, and else the last.
         weights: the mixture's weights ``[groups, experts]`` before the first step, at every evaluation, some fifty times in
             between, and after the last step.
     """
@@ -93,6 +100,7 @@ class Fit:
     training: dict[int, float] = field(default_factory=dict)
     steps: int = 0
     best_step: int = 0
+    end_step: int = 0
     weights: dict[int, list[list[float]]] = field(default_factory=dict)
 
 
@@ -136,17 +144,18 @@ def fit(
         trainer = MixtureTrainer(
             backbone, settings, model=model, args=arguments, train_dataset=_Listed(examples), data_collator=collate
         )
-        history = _History(trainer, held_out, settings)
+        history = trainer.history = _History(trainer, held_out, settings)
         trainer.add_callback(history)
         _keep_quiet(trainer, progress)
         trainer.train(resume_from_checkpoint=True if resume and _has_checkpoint(folder) else None)
-        history.restore_best()
+        steps, kept = trainer.state.global_step, history.restore_best()
         return Fit(
             history.held_out,
             history.held_out_log_p,
             history.training,
-            trainer.state.global_step,
+            steps,
             history.best_step,
+            history.best_step if kept else steps,
             history.weights,
         )
 
@@ -200,9 +209,10 @@ def _fit_gradient_free(
             seed=settings.seed,
             after=after,
         )
-        if held_out and settings.keep_best:
-            mixture.alpha.copy_(best)
-        return found
+        if not (held_out and settings.keep_best):
+            return replace(found, end_step=generations)
+        mixture.alpha.copy_(best)
+        return replace(found, end_step=found.best_step)
 
 
 def _penalty(mixture: Mixture, settings: TrainSettings) -> Tensor:
@@ -218,6 +228,7 @@ class MixtureTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.backbone = backbone
         self.settings = settings
+        self.history: _History | None = None
 
     def compute_loss(
         self, model: MixtureModel, inputs: Mapping[str, Any], return_outputs: bool = False, **_: Any
@@ -245,6 +256,8 @@ class MixtureTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         state = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
         safetensors.torch.save_file(state, folder / WEIGHTS_FILE)
+        if self.history is not None:
+            self.history.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE)
@@ -253,6 +266,8 @@ class MixtureTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in live.items():
                 parameter.copy_(saved[name])
+        if self.history is not None:
+            self.history.load(Path(resume_from_checkpoint), live)
 
 
 class _Collator:
@@ -325,11 +340,37 @@ class _History(TrainerCallback):
         if logs and "loss" in logs:
             self.training[state.global_step] = float(logs["loss"])
 
-    def restore_best(self) -> None:
+    def restore_best(self) -> bool:
+        """Whether there was one to restore."""
         with torch.no_grad():
             for name, parameter in self.trainer.model.named_parameters():
                 if name in self._best:
                     parameter.copy_(self._best[name])
+        return bool(self._best)
+
+    def save(self, folder: Path) -> None:
+        """Write what was measured so far, and the best state, beside a checkpoint's tensors."""
+        record = {"held_out": self.held_out, "training": self.training, "weights": self.weights, "best": self.best_step}
+        (folder / HISTORY_FILE).write_text(json.dumps(record), encoding="utf-8")
+        if self._best:
+            safetensors.torch.save_file({n: t.cpu().contiguous() for n, t in self._best.items()}, folder / BEST_FILE)
+
+    def load(self, folder: Path, live: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint; one of an earlier version has nothing to go on from.
+
+        Raises:
+            ExpertError: if the best state is not of these parameters; it names the tensor and the shapes.
+        """
+        if not (folder / HISTORY_FILE).is_file():
+            return
+        record = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
+        for name in ("held_out", "training", "weights"):
+            setattr(self, name, {int(step): value for step, value in record[name].items()})
+        self.best_step = record["best"]
+        if self.settings.keep_best and (folder / BEST_FILE).is_file():
+            best = safetensors.torch.load_file(folder / BEST_FILE)
+            check_tensors({n: tuple(p.shape) for n, p in live.items()}, best, f"best state of {folder}")
+            self._best = {n: t.to(live[n]) for n, t in best.items()}
 
     def _record_weights(self, step: int) -> None:
         self.weights[step] = self.trainer.model.mixture.weights().detach().cpu().tolist()
