@@ -1,4 +1,4 @@
-# make demo | test | prove | lint | docs | bench: each creates .venv on first use and installs what it needs.
+# make demo | demo-text | test | prove | lint | docs | speed: each creates .venv on first use and installs what it needs.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin

@@ -32,14 +32,14 @@ from pituning.training.trainer import fit
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """s of ``own-rescaled``."""
-DEFAULTS = 2
-"""Of `choose`; raised when they change, so that cells of before no longer count. 2: the weights sum to a scale, and the blend is
-tuned as one expert."""
+DEFAULTS = 3
+"""Of `choose` and `Ranking.top`; raised when they change, so that cells of before no longer count. 2: the weights sum to a
+scale, and the blend is tuned as one expert. 3: five experts of LoRA, and scales up to 7."""
 WARM_DEFAULTS = 2
 """Of warm starts, π's among them, likewise. 2: they take at least the grid's fewest steps."""
 WARM = ("nearest-tuned", "soup-tuned", "multitask-tuned", "ties-tuned", "lorahub", "ratatouille", "pi-published")
 HUB_SHARE = 4
-"""LoraHub runs a quarter of the grid's steps, each a generation of 4 + ⌊3 ln n⌋ forward passes over all shots."""
+"""LoraHub runs a quarter of the grid's steps, each a generation of 4 + ⌊3 ln(n + 1)⌋ forward passes over all shots."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,10 @@ def _nearest(setting: Setting) -> list[Expert]:
 
 def _chosen(setting: Setting) -> list[Expert]:
     return setting.ranking.top(setting.top)
+
+
+def _chosen_by_default(setting: Setting) -> list[Expert]:
+    return setting.ranking.top()
 
 
 def _own_by(setting: Setting, method: str) -> Outcome:
@@ -221,7 +225,7 @@ def _published(setting: Setting) -> Outcome:
 
 def _pi(
     setting: Setting,
-    experts: Callable[[Setting], Sequence[Expert]] = _chosen,
+    experts: Callable[[Setting], Sequence[Expert]] = _chosen_by_default,
     k: int | None = None,
     with_similarities: bool = False,
     **options: Any,
@@ -259,21 +263,21 @@ def _function(compute: Callable[..., Outcome]) -> Callable[..., Outcome]:
 
 def _at_random(setting: Setting) -> list[Expert]:
     experts = sorted(setting.ranking.experts, key=lambda e: e.name)
-    return random.Random(f"random experts/{setting.seed}").sample(experts, min(setting.top, len(experts)))
+    return random.Random(f"random experts/{setting.seed}").sample(experts, len(setting.ranking.top()))
 
 
 def _dissimilar(setting: Setting) -> list[Expert]:
-    return list(setting.ranking.experts[-setting.top :])
+    return list(setting.ranking.experts[-len(setting.ranking.top()) :])
 
 
 def _noise(setting: Setting) -> list[Expert]:
-    return [random_parameters(setting.backbone, e, setting.seed) for e in _chosen(setting)]
+    return [random_parameters(setting.backbone, e, setting.seed) for e in _chosen_by_default(setting)]
 
 
 def _best_measured(setting: Setting) -> list[Expert]:
     gains = setting.measured
     order = sorted(setting.ranking.experts, key=lambda e: (-gains[e.name], e.name))
-    return order[: setting.top]
+    return order[: len(setting.ranking.top())]
 
 
 def _full(setting: Setting) -> Outcome:
@@ -332,20 +336,26 @@ ARMS: Mapping[str, Arm] = {
             "Fisher similarity, uniform weights, own expert included, one rate for the weights and the experts",
             _published,
         ),
-        _arm("pi", "π as shipped", "`choose` with its defaults on the three nearest", _pi),
-        _pi_of("pi-random", "π, random experts", "three sources drawn at random", _at_random),
-        _pi_of("pi-dissimilar", "π, dissimilar experts", "the three least similar sources", _dissimilar),
-        _pi_of("pi-noise", "π, random parameters", "random experts that change as much as the three nearest", _noise),
+        _arm(
+            "pi",
+            "π as shipped",
+            "`choose` with its defaults on as many of the nearest as `Ranking.top` gives: five of LoRA, else three",
+            _pi,
+        ),
+        _pi_of("pi-random", "π, random experts", "as many sources drawn at random", _at_random),
+        _pi_of("pi-dissimilar", "π, dissimilar experts", "the least similar sources", _dissimilar),
+        _pi_of("pi-noise", "π, random parameters", "random experts that change as much as the nearest", _noise),
         _pi_of(
             "pi-oracle",
             "π, oracle selection",
-            "reference: the three sources whose warm start is best on the test examples",
+            "reference: the sources whose warm start is best on the test examples",
             _best_measured,
         ),
         _arm("full", "full fine-tuning", "reference: all of the backbone's weights, at a tenth of the rates", _full),
         _arm("pi-k1", "π, k = 1", "one expert", _pi, k=1),
         _arm("pi-k2", "π, k = 2", "two experts", _pi, k=2),
-        _arm("pi-k5", "π, k = 5", "five experts", _pi, k=5),
+        _arm("pi-k3", "π, k = 3", "three experts", _pi, k=3),
+        _arm("pi-k8", "π, k = 8", "eight experts", _pi, k=8),
         _arm(
             "pi-model", "π, one weight per expert", "granularity `model` instead of `module`", _pi, granularity="model"
         ),
@@ -369,7 +379,7 @@ ARMS: Mapping[str, Arm] = {
         _arm(
             "pi-bare",
             "π, no alternatives",
-            "the blend of the three nearest, whatever cross-fitting says of other candidates",
+            "the blend of the nearest, whatever cross-fitting says of other candidates",
             _pi,
             include_own=False,
             alternatives=False,

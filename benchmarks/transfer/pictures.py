@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.plots import Row, heat_map, intervals, signed
+from benchmarks.plots import Row, heat_map, intervals
 from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.report import Found, differences, shown
 from pituning.report.images import drawing, save

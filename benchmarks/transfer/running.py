@@ -45,11 +45,14 @@ class Part:
         Ablations are last. Of the others, one seed comes after the other, and of each seed the arms in :data:`FIRST` first.
 
         Raises:
-            UnknownNameError: for an arm or a task that the suite does not have.
+            UnknownNameError: for an arm, a task or a seed that the suite does not have.
         """
         for name in self.arms or ():
             if name not in suite.arms:
                 raise unknown_name("arm", name, suite.arms)
+        for seed in self.seeds or ():
+            if seed not in suite.seeds:
+                raise unknown_name("seed", str(seed), [str(s) for s in suite.seeds])
         tasks = suite.targets if self.tasks is None else suite.chosen_targets(self.tasks)
         arms = [a for a in suite.arms if self.arms is None or a in self.arms]
         seeds = suite.seeds if self.seeds is None else self.seeds

@@ -27,7 +27,7 @@ MAIN = (
 """Every way to use experts, its controls and its references."""
 
 ABLATIONS = (
-    "pi-k1", "pi-k2", "pi-k5", "pi-model", "pi-layer", "pi-tensor", "pi-experts", "pi-shared", "pi-weights",
+    "pi-k1", "pi-k2", "pi-k3", "pi-k8", "pi-model", "pi-layer", "pi-tensor", "pi-experts", "pi-shared", "pi-weights",
     "pi-uniform", "pi-similarity", "pi-mean", "pi-without-own", "pi-with-own", "pi-bare",
 )  # fmt: skip
 """π as shipped with one setting changed."""
@@ -83,7 +83,7 @@ class Suite:
         source_rows, source_training: what every source expert is trained on, and how.
         texts_tell: whether near-duplicate texts are leaks: leaked rows are then left out of the sources' training. Texts about
             made pictures repeat by design, and the pictures do not (docs/scenes.md).
-        top: experts that are blended.
+        top: experts that are blended by every arm but π, which has its own default.
         search: the grid of every arm; its ``fold_seed`` is the seed's.
     """
 

@@ -122,6 +122,12 @@ def test_experts_of_another_number_of_examples_are_not_taken_for_those_asked_for
     pt.ExpertPool(tmp_path / "pool").add(expert)
     with pytest.raises(RecipeError, match="'refemoji-small' was trained on 4 examples, the recipe says 12"):
         run(recipe, tmp_path, backbone)
+    for said, found in (
+        ({"epochs": 1}, "epochs 3, the recipe says 1"),
+        ({"learning_rate": 5e-4}, r"rate 0\.001, .* 0\.0005"),
+    ):
+        with pytest.raises(RecipeError, match=found):
+            run({**recipe, "pool": {"folder": "pool", "tasks": list(POOL), "examples": 4, **said}}, tmp_path, backbone)
 
 
 def test_a_gallery_of_a_task_without_pictures_is_refused_before_anything_is_trained(

@@ -17,7 +17,8 @@ from pituning.experts.expert import start_of
 from pituning.methods import attached, folded, initial_tensors
 from pituning.similarity import rank_experts
 from pituning.similarity.embedding import shared_reference
-from pituning.similarity.select import audit_pool
+from pituning.similarity.select import Ranking, audit_pool
+from pituning.similarity.selection import select
 from pituning.tasks import Task, load_task
 from pituning.training.train_expert import train_expert
 from pituning.training.trainer import TrainSettings
@@ -79,6 +80,15 @@ def test_score_is_minus_each_experts_log_loss(bert: Backbone, pool: ExpertPool, 
     assert len(found.top(9)) == 3
     assert [e.name for e in found.above(found.similarities[1])] == [e.name for e in found.experts[:2]]
     assert str(found).splitlines()[1].startswith(f"  {found.experts[0].name}")
+
+
+def test_five_of_lora_are_the_top_and_three_of_other_methods(random_experts: Any, bert: Backbone) -> None:
+    for method, expected in (("lora", 5), ("bottleneck", 3)):
+        experts = tuple(random_experts(bert, method, 6))
+        found = Ranking("target", "score", experts, tuple(range(6, 0, -1)))
+        assert found.top() == list(experts[:expected])
+        assert select(found).experts == experts[:expected]
+    assert Ranking("target", "score", (), ()).top() == []
 
 
 def test_weights_is_the_cosine_of_the_changes(

@@ -12,6 +12,7 @@ from pituning import blend
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError, RefusedError
 from pituning.training.evaluation import evaluate, mean_log_loss
+from pituning.training.train_expert import train_expert
 from pituning.training.trainer import TrainSettings
 
 NOTHING = TrainSettings(steps=0)
@@ -63,6 +64,30 @@ def test_it_ends_with_the_best_state_on_dev(bert: Backbone, random_experts: Any,
         found.expert.card.metrics["dev log-loss"]
         <= evaluate(bert, start.expert, task, "dev").metrics["log-loss"] + 1e-6
     )
+
+
+def test_the_card_has_the_log_loss_of_the_state_that_is_kept(
+    bert: Backbone, random_experts: Any, make_task: Any
+) -> None:
+    """A rate that ruins the experts, and the last state is asked for."""
+    task = make_task(shots=None)
+    task = replace(task, splits={**task.splits, "dev": task.split("test")})
+    wild = SOME.with_(learning_rate=1.0, alpha_learning_rate=0.0, eval_every=1, keep_best=False, steps=2)
+    blended = blend(bert, task, random_experts(bert, "bottleneck", 2, 5), settings=wild).expert
+    alone = train_expert(bert, task, "bottleneck", settings=wild)
+    for expert in (blended, alone):
+        found = evaluate(bert, expert, task, "dev").metrics["log-loss"]
+        assert expert.card.metrics["dev log-loss"] == pytest.approx(found, rel=1e-5)
+
+
+def test_a_lora_blend_has_factors_of_its_own_and_claims_no_start(
+    bert: Backbone, random_experts: Any, make_task: Any
+) -> None:
+    experts = [e.with_card(init_hash="known") for e in random_experts(bert, "lora", 2, 5)]
+    for options in ({}, {"rank": 2}, {"max_error": 0.5}):
+        assert blend(bert, make_task(), experts, settings=NOTHING, **options).expert.card.init_hash == ""
+    assert blend(bert, make_task(), experts[:1], settings=NOTHING).expert.card.init_hash == "known"
+    assert blend(bert, make_task(), experts[:1], settings=NOTHING, rank=1).expert.card.init_hash == ""
 
 
 def test_what_does_not_fit_is_refused(bert: Backbone, random_experts: Any, make_task: Any) -> None:

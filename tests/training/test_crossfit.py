@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from pituning.backbones.base import Backbone
 from pituning.data.fewshot import stratified_folds
-from pituning.errors import DataError
+from pituning.errors import DataError, PituningError
 from pituning.interpolation import build_mixture
 from pituning.methods import attached
 from pituning.training import crossfit
@@ -159,6 +161,19 @@ class TestChooseCell:
         losses = {(1e-3, 0): self.base - 1, (1e-3, 10): self.base, (1e-3, 20): self.base + 1}
         assert choose_cell(losses, warm=True) == (1e-3, 10)
         assert choose_cell(losses, warm=False) == (1e-3, 0)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("warm", [True, False])
+    def test_a_diverged_cell_is_not_taken_wherever_it_stands(self, value: float, warm: bool) -> None:
+        broken = self.base.clone()
+        broken[3] = value
+        for cells in itertools.permutations([((1e-3, 10), broken), ((1e-2, 10), self.base), ((1e-2, 20), broken)]):
+            assert choose_cell(dict(cells), warm=warm) == (1e-2, 10)
+
+    def test_where_all_have_diverged_they_are_named(self) -> None:
+        losses = {(1e-3, 10): self.base * math.nan, (1e-2, 20): self.base + math.inf}
+        with pytest.raises(PituningError, match=r"10 steps at 0\.001, 20 steps at 0\.01: lower the learning rates"):
+            choose_cell(losses, warm=True)
 
     def test_nothing_to_choose(self) -> None:
         assert choose_cell({(1e-3, 0): self.base}, warm=True) == (1e-3, 0)

@@ -262,6 +262,11 @@ class TestScale:
             interpolate(bert, make_task(), random_experts(bert, "lora", 2, 6), scale=scale, search=SEARCH)
 
 
+def test_weights_alone_without_a_rate_are_refused(bert: Backbone, random_experts: Any, make_task: Any) -> None:
+    with pytest.raises(PituningError, match="alpha_learning_rate=0 would train nothing"):
+        interpolate(bert, make_task(), random_experts(bert, "lora", 2, 6), train="weights", search=Search())
+
+
 @pytest.mark.parametrize("penalty", ["weights_to_start", "weights_spread"])
 def test_held_weights_have_nothing_to_regularise(
     bert: Backbone, random_experts: Any, make_task: Any, penalty: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,5 @@ def test_questions_of_dev_that_cannot_be_answered_do_not_choose_the_best_state(t
         blended = blend(backbone, task, [expert], settings=settings)
         losses.append(blended.expert.card.metrics["dev log-loss"])
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
+    unanswerable = VQA(("no", "yes")).task("mine", {"test": TableRecords(dev.rows[-1:], tmp_path)})
+    assert math.isnan(evaluate(backbone, expert, unanswerable).metrics["log-loss"]), "none is not a perfect one"

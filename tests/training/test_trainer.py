@@ -187,7 +187,12 @@ class TestResume:
                 backbone, resumed, config, examples, settings, folder=folder / "part", resume=True, held_out=held_out
             )
         assert result.steps == settings.steps
-        for name in ("held_out", "weights", "best_step", "end_step"):  # the first training loss after a resume is `Trainer`'s own
+        for name in (
+            "held_out",
+            "weights",
+            "best_step",
+            "end_step",
+        ):  # the first training loss after a resume is `Trainer`'s own
             assert getattr(result, name) == getattr(expected, name), name
         assert len(count) < (settings.steps or 0), "the run must go on from its checkpoint"
         return whole, resumed

@@ -144,7 +144,8 @@ class SelectionOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="So many of the highest ranked experts, 3 by default; for greedy and auto the most.",
+            help="So many of the highest ranked experts, by default 5 of LoRA and 3 of other methods; for greedy and auto "
+            "the most.",
             rich_help_panel=_PANEL,
         ),
     ] = None

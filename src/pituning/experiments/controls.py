@@ -155,7 +155,7 @@ def _soup_tuned(draw: Draw) -> ArmResult:
 def _random_tuned(draw: Draw) -> ArmResult:
     section = draw.recipe.interpolation
     experts = sorted(draw.ranking.experts, key=lambda e: e.name)
-    drawn = random.Random(f"random experts/{draw.task.seed}").sample(experts, min(section.top, len(experts)))
+    drawn = random.Random(f"random experts/{draw.task.seed}").sample(experts, len(draw.ranking.top(section.top)))
     result = draw.tuned(draw.soup(drawn, section.train))
     return ArmResult(result.experts, {**result.details, "experts": [e.name for e in drawn]})
 

@@ -61,7 +61,7 @@ class InterpolationSection(_Strict):
 
     kind: str = "calibrated-score"  # as DEFAULT_KIND of pituning.similarity.select, which imports torch
     reference: Literal["shared", "own"] = "shared"
-    top: int = Field(default=3, ge=1)
+    top: int | None = Field(default=None, ge=1)  # None: as `Ranking.top` has it
     train: Literal["experts", "shared", "weights", "none", "merge-then-tune"] = "merge-then-tune"
     granularity: Literal["model", "encoder-decoder", "layer", "attention", "module", "tensor"] = "module"
     init: Literal["score", "uniform"] = "score"

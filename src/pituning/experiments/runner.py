@@ -32,8 +32,8 @@ from pituning.experts.expert import Expert
 from pituning.experts.pool import ExpertPool
 from pituning.similarity.embedding import embed_task, pool_embedding, shared_reference
 from pituning.similarity.graph import task_graph
-from pituning.similarity.measures import FISHER_KINDS, SCORES
-from pituning.similarity.select import DEFAULT_KIND, audit_pool, rank_experts
+from pituning.similarity.measures import FISHER_KINDS
+from pituning.similarity.select import audit_pool, rank_experts
 from pituning.tasks.task import Task, load_task
 from pituning.training.evaluation import Evaluation, evaluate, predict
 from pituning.training.precision import precision

@@ -17,6 +17,7 @@ from pituning.experts.expert import Expert, tensor_hash
 from pituning.interpolation.coefficients import Coefficients
 from pituning.interpolation.mixture import TRAIN_MODES, LowRank, Mixture, ParameterMixture, ProductMixture, sums_to_one
 from pituning.methods.prefix import is_folded
+from pituning.problems import listed
 
 GRANULARITIES = ("model", "encoder-decoder", "layer", "attention", "module", "tensor")
 Granularity = str | Callable[[str], str]
@@ -243,9 +244,11 @@ def common_start(experts: Sequence[Expert], initial: Mapping[str, Tensor] | None
         raise RefusedError(
             f"{why}, and method {first.card.method!r} has none by itself: pass initial=…, or use softmax"
         )
-    shapes = {k: tuple(t.shape) for k, t in first.tensors.items()}
-    if shapes != {k: tuple(t.shape) for k, t in initial.items()}:
-        raise RefusedError(f"{why}, and the given one has not the tensors of expert {first.name!r}")
+    expected, found = ({k: list(t.shape) for k, t in m.items()} for m in (first.tensors, initial))
+    if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
+        none = "no such tensor"
+        rows = (f"{k}: expected {expected.get(k, none)}, found {found.get(k, none)}" for k in wrong)
+        raise RefusedError(f"{why}, and the given one has not the tensors of expert {first.name!r}:{listed(rows)}")
     start = tensor_hash(initial)
     for expert in experts:
         if expert.card.init_hash != start:

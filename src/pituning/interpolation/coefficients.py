@@ -54,13 +54,19 @@ class Coefficients:
             return weights.clone()
         weights = weights / self.scale
         if (weights < 0).any() or (weights > 1 + 1e-4).any():
+            wrong = [round(w * self.scale, 6) for w in weights.flatten().tolist() if w < 0 or w > 1 + 1e-4]
             raise RefusedError(
-                f"{self.kind} weights must be between 0 and {self.scale:g}; signed weights need coefficients='linear'"
+                f"{self.kind} weights must be between 0 and {self.scale:g}, not {', '.join(f'{w:g}' for w in wrong[:5])}; "
+                "signed weights need coefficients='linear'"
             )
         if self.kind == "sigmoid":
             return torch.logit(weights.clamp(max=1)) * self.temperature
         if not torch.allclose(weights.sum(1), weights.new_ones(len(weights)), atol=1e-4):
-            raise RefusedError(f"softmax weights must sum to {_named(self.scale)} in every group")
+            sums = [f"{s * self.scale:g}" for s in weights.sum(1).tolist() if abs(s - 1) > 1e-4]
+            raise RefusedError(
+                f"softmax weights must sum to {_named(self.scale)} in every group; {len(sums)} of {len(weights)} do not: "
+                f"{', '.join(sums[:5])}"
+            )
         return (weights / weights.sum(1, keepdim=True)).log() * self.temperature
 
     def weights(self, alpha: Tensor) -> Tensor:

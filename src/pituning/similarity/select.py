@@ -11,11 +11,15 @@ from pituning.data.overlap import Overlap, find_overlaps
 from pituning.errors import PituningError, unknown_name
 from pituning.experts.expert import Expert
 from pituning.experts.pool import ExpertPool
+from pituning.interpolation.build import is_lora
 from pituning.similarity.embedding import REFERENCES
 from pituning.similarity.measures import AVERAGED, FISHER_KINDS, MEASURES, Comparison
 from pituning.tasks.task import Task, load_task
 
 DEFAULT_KIND = "calibrated-score"
+DEFAULT_K = 3
+DEFAULT_K_OF_LORA = 5
+"""LoRA blends reach out further than a mean (docs/transfer.md), so that more experts do not thin each other out."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,11 @@ class Ranking:
     experts: tuple[Expert, ...]
     similarities: tuple[float, ...]
 
-    def top(self, k: int) -> list[Expert]:
-        """The k most similar experts (all, if there are fewer)."""
-        if k < 1:
+    def top(self, k: int | None = None) -> list[Expert]:
+        """The k most similar experts (all, if there are fewer); by default five of LoRA, and three of other methods."""
+        if k is not None and k < 1:
             raise PituningError(f"k must be at least 1, not {k}")
-        return list(self.experts[:k])
+        return list(self.experts[: k or default_k(self.experts)])
 
     def above(self, threshold: float) -> list[Expert]:
         """The experts at least as similar as the threshold."""
@@ -46,6 +50,11 @@ class Ranking:
         width = max((len(e.name) for e in self.experts), default=0)
         rows = (f"  {e.name:<{width}}  {s:+.4f}" for e, s in zip(self.experts, self.similarities, strict=True))
         return "\n".join([f"experts for {self.target} by {self.kind}, larger = more helpful", *rows])
+
+
+def default_k(experts: Sequence[Expert]) -> int:
+    """How many experts are blended where nothing is said."""
+    return DEFAULT_K_OF_LORA if experts and is_lora(experts[0]) else DEFAULT_K
 
 
 def rank_experts(

@@ -20,7 +20,7 @@ from pituning.errors import PituningError, unknown_name
 from pituning.experts.expert import Expert, initial_of
 from pituning.interpolation.build import build_mixture, is_lora
 from pituning.similarity.measures import SCORES, weight_similarity
-from pituning.similarity.select import Ranking
+from pituning.similarity.select import Ranking, default_k
 from pituning.tasks.task import Task
 from pituning.training.crossfit import Search, within_one_standard_error
 from pituning.training.evaluation import bias_calibrated_loss, calibrated_losses, log_probabilities
@@ -30,7 +30,6 @@ from pituning.training.train_expert import fold_experts
 
 WAYS = ("top-k", "threshold", "greedy", "diverse", "auto")
 SOUPS = ("uniform", "score")
-DEFAULT_K = 3
 CANDIDATES = 10
 
 Rule = Callable[[Sequence[int]], tuple[int, ...]]
@@ -114,7 +113,7 @@ def select(
             shots most, until none does); ``diverse`` (maximal marginal relevance: each next expert has the largest
             (1 − d)·similarity − d·cosine between what it and the nearest of the chosen ones change); ``auto`` (so many of the
             highest ranked as give the soup of the lowest log-loss).
-        k: how many, by default 3; for ``greedy`` and ``auto`` the most, by default all candidates.
+        k: how many, by default as :meth:`Ranking.top`; for ``greedy`` and ``auto`` the most, by default all candidates.
         diversity: d of ``diverse``, 0 (as ``top-k``) to 1; similarities are scaled to 0…1 first.
         soup: weights of the soups: ``uniform``, or ``score`` (from each expert's log-loss on the examples looked at).
         candidates: ``greedy`` and ``auto`` consider so many of the highest ranked. n of them cost ``auto`` at most n soups in
@@ -150,10 +149,10 @@ def select(
             return shots.auto(most, rows)
         similarities = ranking.similarities if shots is None else shots.similarities(rows)
         if between is not None:
-            return _diverse(similarities, between, k or DEFAULT_K, diversity)
+            return _diverse(similarities, between, k or default_k(ranking.experts), diversity)
         if threshold is not None:
             return tuple(i for i in _falling(similarities) if similarities[i] >= threshold)
-        return _falling(similarities)[: k or DEFAULT_K]
+        return _falling(similarities)[: k or default_k(ranking.experts)]
 
     return _unchecked(ranking, how, rule([])) if shots is None else _checked(ranking, how, rule, shots, own)
 

@@ -34,7 +34,7 @@ def minimise(
     Args:
         mixture: with trainable α, and nothing else trainable; an infinite α (a weight of exactly 0 or 1) stays.
         objective: called with the mixture at a candidate α.
-        generations: each evaluates 4 + ⌊3 ln n⌋ candidates, n being the count of numbers in α.
+        generations: each evaluates 4 + ⌊3 ln(n + 1)⌋ candidates, n being the count of numbers in α.
         sigma: standard deviation of the first generation around the start.
         after: called with 0 before the first generation and with its number after each; α is then the strategy's mean.
 

@@ -52,7 +52,7 @@ def interpolate(
 
     Args:
         task: its ``train`` split is what the blend is fitted on.
-        experts: usually ``rank_experts(...).top(k)``; none of them may have seen the target's examples.
+        experts: usually ``rank_experts(...).top()``; none of them may have seen the target's examples.
         own: the target's own expert from :func:`train_expert`.
         seed: training seed of the final fit.
         rank: for LoRA, the rank of the result; ``None`` keeps the exact one, the sum of the experts' ranks.

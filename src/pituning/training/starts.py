@@ -24,7 +24,7 @@ from pituning.training.module import running
 
 INITS = ("uniform", "similarity", "score")
 INCLUDE_OWN = ("auto", True, False)
-SCALES = (1.0, 1.5, 2.0, 3.0, 4.5)
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 """What a blend's weights may sum to."""
 
 

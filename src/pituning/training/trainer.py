@@ -47,7 +47,8 @@ class TrainSettings:
         weights_to_start, weights_spread: strengths of the regularisers of :meth:`Mixture.penalty`.
         steps: optimizer steps; where ``None``, ``epochs`` over the examples.
         schedule: any scheduler name of transformers; few-shot runs use a constant rate, so that a run stopped earlier
-            is the same run.
+            is nearly the same run.
+        warmup: share of the steps.
         label_smoothing: ε of the training loss, spread over the answers (or tokens) that can stand in the target's place.
         accumulate: batches per optimizer step, so that a step sees ``batch_size · accumulate`` examples.
         augment: change training pictures as the examples say; False takes them as they are.
