@@ -1,11 +1,12 @@
-"""How far to reach out: the mean of three experts, times a scale, before and after it is tuned on the shots.
+"""How far to reach out: the mean of some experts, times a scale, before and after it is tuned on the shots.
 
     python benchmarks/scale.py --pool WORK/experts/DIGEST --data ../shared/data/text --targets cr subj sick_para
 
 The pool is the one that `python -m benchmarks.transfer run --suite core` trains in its work folder. For every target, draw and
-scale, of the uniform mean of the three nearest by `calibrated-score`: the calibrated log-loss on the shots, by which
-`interpolate` takes a scale; the accuracy on 500 test examples as it is; and after 40 steps of 16 at a rate of 3e-4 on all of
-the shots, without any choice. At scale 0 the blend does nothing, and only its directions are left. With `--noise` the
+scale, of the mean of the `--top` nearest by `calibrated-score` (uniform, or `--weights score` as `interpolate` has it): the
+calibrated log-loss on the shots, by which `interpolate` takes a scale; the accuracy on 500 test examples as it is; and after
+40 steps of 16 at a rate of 3e-4 on all of the shots, without any choice. With `--best` the scale of the lowest such log-loss
+alone. At scale 0 the blend does nothing, and only its directions are left. With `--noise` the
 three are random experts of the same ‖ΔW‖ (see `random_parameters`): what scale does by itself.
 """
 
@@ -29,9 +30,9 @@ from pituning.interpolation import build_mixture, collapse
 from pituning.similarity.select import rank_experts
 from pituning.training.crossfit import Search
 from pituning.training.evaluation import evaluate
-from pituning.training.starts import calibrated_loss
+from pituning.training.starts import calibrated_loss, initial_weights
 
-SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.5)
+SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 LIMIT = 500
 
 
@@ -43,35 +44,45 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", required=True)
     parser.add_argument("--draws", nargs="+", type=int, default=[0])
     parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES))
+    parser.add_argument("--top", nargs="+", type=int, default=[3])
+    parser.add_argument("--weights", choices=("uniform", "score"), default="uniform")
+    parser.add_argument("--best", action="store_true")
     parser.add_argument("--noise", action="store_true")
+    parser.add_argument("--bf16-weights", action="store_true", help="round the frozen weights to bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    backbone, pool, search = pt.load_backbone("minilm"), pt.ExpertPool(options.pool), Search()
+    dtype = torch.bfloat16 if options.bf16_weights else None
+    backbone, pool, search = pt.load_backbone("minilm", dtype=dtype), pt.ExpertPool(options.pool), Search()
     print("target draw experts scale | log-loss on the shots, accuracy as it is, accuracy and log-loss when tuned")
     for target in options.targets:
         for draw in options.draws:
             task = pt.load_task(target, data=options.data).few_shot(16, draw)
             examples = task.split("train")
-            nearest = rank_experts(backbone, task, pool).top(3)
-            experts = [random_parameters(backbone, e, draw) for e in nearest] if options.noise else nearest
-            mean = _mean(experts)
-            for scale in options.scales:
-                blend = _times(mean, scale)
-                settings = search.settings(min(search.learning_rates), search.steps, draw)
-                tuned = warm_started(backbone, blend, examples, settings, blend.card)
-                before = evaluate(backbone, blend, task, limit=LIMIT)
-                after = evaluate(backbone, tuned, task, limit=LIMIT)
-                print(
-                    f"{target} {draw} {','.join(e.name for e in nearest)}{' as noise' * options.noise} {scale:g} | "
-                    f"{calibrated_loss(backbone, blend, examples):.3f} {100 * before.value:.1f} {100 * after.value:.1f} "
-                    f"{after.metrics['log-loss']:.3f}",
-                    flush=True,
-                )
+            ranking = rank_experts(backbone, task, pool)
+            for top in options.top:
+                nearest = ranking.top(top)
+                experts = [random_parameters(backbone, e, draw) for e in nearest] if options.noise else nearest
+                losses = [calibrated_loss(backbone, e, examples) for e in experts]
+                weights = initial_weights(options.weights, losses, None, len(examples))
+                blends = {scale: _times(_mean(experts, weights), scale) for scale in options.scales}
+                before = {scale: calibrated_loss(backbone, blend, examples) for scale, blend in blends.items()}
+                wanted = [min(before, key=before.__getitem__)] if options.best else options.scales
+                names = f"{','.join(e.name for e in nearest)}{' as noise' * options.noise}"
+                for scale in wanted:
+                    blend, settings = blends[scale], search.settings(min(search.learning_rates), search.steps, draw)
+                    tuned = warm_started(backbone, blend, examples, settings, blend.card)
+                    as_it_is = evaluate(backbone, blend, task, limit=LIMIT)
+                    after = evaluate(backbone, tuned, task, limit=LIMIT)
+                    print(
+                        f"{target} {draw} {names} {scale:g} | {before[scale]:.3f} {100 * as_it_is.value:.1f} "
+                        f"{100 * after.value:.1f} {after.metrics['log-loss']:.3f}",
+                        flush=True,
+                    )
 
 
-def _mean(experts: list[Expert]) -> Expert:
-    mixture, config = build_mixture(experts, train="none")
+def _mean(experts: list[Expert], weights: list[float]) -> Expert:
+    mixture, config = build_mixture(experts, weights, train="none")
     card = ExpertCard("mean", fingerprint=experts[0].card.fingerprint, method="lora")
     return collapse(mixture, config, card).expert
 

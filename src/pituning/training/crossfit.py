@@ -53,7 +53,7 @@ class Search:
     weights_spread: float = 0.0
 
     def settings(self, learning_rate: float, steps: int, seed: int = 0) -> TrainSettings:
-        """The run of one cell of the grid: constant rate, so that fewer steps are, but for a step of warm-up, a prefix of more."""
+        """The run of one cell of the grid: constant rate, so that fewer steps are, but for the warm-up, a prefix of more."""
         return TrainSettings(
             learning_rate=learning_rate,
             alpha_learning_rate=self.alpha_learning_rate,
