@@ -18,6 +18,7 @@ import torch
 import pituning
 from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.cells import REVISION, Cells, digest, digest_examples
+from benchmarks.transfer.drawings import DRAWINGS, load_drawings
 from benchmarks.transfer.setting import Setting, recipe_of
 from benchmarks.transfer.sharing import Shared
 from benchmarks.transfer.sources import AUDITED, SourceRows, Tasks, pool_digest, source_rows, train_sources
@@ -146,7 +147,11 @@ def _has_classes(task: Task) -> bool:
 
 def load_tasks(suite: Suite, data: Path | None) -> dict[str, Task]:
     """Targets and sources, all of them read before anything is trained; rows that are made on demand are made once."""
-    return {name: _kept(load_task(name, data=data)) for name in dict.fromkeys((*suite.targets, *suite.sources))}
+    return {name: _kept(_loaded(name, data)) for name in dict.fromkeys((*suite.targets, *suite.sources))}
+
+
+def _loaded(name: str, data: Path | None) -> Task:
+    return load_drawings(name, data) if name in DRAWINGS else load_task(name, data=data)
 
 
 def _kept(task: Task) -> Task:

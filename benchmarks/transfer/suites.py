@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from benchmarks.transfer.drawings import DRAWINGS
 from pituning.errors import PituningError, unknown_name
 from pituning.training.crossfit import Search
 from pituning.training.trainer import TrainSettings
@@ -231,6 +232,14 @@ SUITES: Mapping[str, Suite] = {
             seeds=(4, 5, 6),  # seeds 0 to 3 told that 40 steps are too few, and that raw log-loss weighs badly
             arms=("zero-shot", *FIRST),
             search=Search(steps=80, eval_every=40),
+        ),
+        replace(
+            _TABLE1,
+            name="drawings",
+            title="A small OFA, bottleneck adapters, 64 examples in all, NLVR and easy-VQA",
+            report=DRAWINGS,
+            sources=(*EMOJI, *DRAWINGS),
+            arms=MAIN,
         ),
     )
 }
