@@ -146,20 +146,22 @@ def _section(shown: Shown, device: str, found: Sequence[Record]) -> Iterator[str
         yield ""
         said = "**Failed**" if outcome.status == "failed" else "Not measured"
         yield f"{said}{f': {outcome.reason}' if outcome.reason else ''}."
-    rows = [_row(figure, shown.sample(figure)) for figure in one.figures]
+    landmarks = device == "cpu"  # none was recorded on a GPU
+    rows = [_row(figure, shown.sample(figure), landmarks) for figure in one.figures]
     if any(any(row[1:]) for row in rows):
         yield ""
         yield from table(("figure", "measured", "n", "bar", "", "recorded before"), rows)
-    if one.source:
+    if one.source and landmarks:
         yield ""
         yield f"Recorded before: {one.source}."
     yield from _history(one, found)
 
 
-def _row(figure: Figure, sample: Sample | None) -> tuple[str, ...]:
+def _row(figure: Figure, sample: Sample | None, landmarks: bool) -> tuple[str, ...]:
     value, repeats = (shown_sample(sample, figure.unit), str(sample.repeats)) if sample else ("", "")
     said = verdict(figure.bar, sample) if sample else ""
-    return figure.name, value, repeats, shown_bar(figure.bar, figure.unit), said, figure.recorded
+    recorded = figure.recorded if landmarks else ""
+    return figure.name, value, repeats, shown_bar(figure.bar, figure.unit), said, recorded
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
