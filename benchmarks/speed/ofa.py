@@ -112,7 +112,7 @@ def child(size: str, mode: str, method: str, experts: int, batch: int, repeats: 
     pool = [random_expert(initial_tensors(backbone, config), config, seed) for seed in range(experts)]
     trained = sum(t.numel() for e in pool for t in e.tensors.values())
     if mode == "fisher":
-        examples = [Example(str(i), ("",), "", "") for i in range(batch)]
+        examples = [Example(str(i), ("",), "", "the labels of FixedBatch") for i in range(batch)]
         # what one batch more costs: putting the expert in place and looking at its layers happens once for a whole task
         few, many = (
             _repeat(partial(fisher_diagonal, backbone, pool[0], examples * n, batch_size=batch), repeats)

@@ -37,6 +37,7 @@ from pituning.experts import Expert
 from pituning.experts.health import require_sound
 from pituning.tasks import Task, load_task
 from pituning.training.crossfit import Search
+from pituning.training.evaluation import log_probabilities
 from pituning.training.interpolate import choose
 from pituning.training.train_expert import fold_experts
 from pituning.training.trainer import TrainSettings
@@ -328,6 +329,12 @@ def test_full_fine_tuning_changes_a_copy_and_not_the_backbone(bench: Bench, sett
     moved = any(not torch.equal(t, before[k]) for k, t in tuned.model.state_dict().items())
     assert moved == (found["steps"] > 0)
     assert found["learning_rate"] == pytest.approx(0.01)
+
+
+def test_full_fine_tuning_of_rounded_weights_is_in_float32(setting: Setting) -> None:
+    tuned, _ = fully_tuned(build_bert(torch.bfloat16), setting.examples, replace(setting.search, learning_rates=(0.1,)), 0)
+    assert {p.dtype for p in tuned.model.parameters()} == {torch.float32}
+    assert log_probabilities(tuned, setting.examples).dtype == torch.float32
 
 
 def test_published_pi_trains_weights_and_experts_from_the_uniform_mean_with_own(setting: Setting) -> None:

@@ -287,7 +287,7 @@ class TestWork:
         assert trained["folder"] == str(pool.folder / trained["name"])
         assert (trained["shots"], trained["seed"], trained["task"]) == (4, 1, "movie_quotes")
         assert "cross-fitted log-loss" in trained["metrics"]
-        found = run_json("interpolate", *shots, "--own", trained["name"])
+        found = run_json("interpolate", *shots, "--own", trained["name"], "--scale", 1)
         assert found["name"] == "movie_quotes-pi"
         assert {e["name"] for e in found["ranking"]["experts"]} == {"word_tone", "pocket_gear"}
         assert [c["chosen"] for c in found["candidates"]].count(True) == 1
@@ -299,7 +299,7 @@ class TestWork:
 
     def test_interpolation_as_tables(self, shared: list[object], pool: ExpertPool) -> None:
         arguments = ["movie_quotes", *shared, "--shots", 4, "--experts", "word_tone,pocket_gear", "--init", "0.8,0.2"]
-        shown = run("interpolate", *arguments, "--train-mode", "none", "--rank", 3, "--save", "blend").stdout
+        shown = run("interpolate", *arguments, "--scale", 1, "--train-mode", "none", "--rank", 3, "--save", "blend").stdout
         assert "Candidates" in shown
         assert f"saved to {pool.folder / 'blend'}" in shown
         weights = {p["name"]: p["weight"] for p in pool.load("blend").card.lineage}

@@ -521,7 +521,7 @@ class TestRefusals:
         ("weights", "said"),
         [
             ([0.5, 0.4], "sum to one"),
-            ([1.5, -0.5], "between 0 and 1; signed weights need coefficients='linear'"),
+            ([1.5, -0.5], "between 0 and 1, not 1.5, -0.5.*; signed weights need coefficients='linear'"),
             ([1.0], r"shape \[\d+, 1\], expected \[2\] or"),
             (torch.ones(3, 2) / 2, r"shape \[3, 2\], expected \[2\] or \[\d+, 2\]"),
             ([math.nan, 0.5], "finite"),

@@ -109,7 +109,8 @@ def cross_fitted(log_p: LogP, task: Task, rule: Callable[[Sequence[int]], Sequen
 
 def test_top_k_and_threshold_without_examples(experts: list[Expert]) -> None:
     ranking = ranked(experts)
-    assert names(select(ranking)) == ["e0", "e1", "e2"]
+    assert names(select(ranking)) == ["e0", "e1", "e2", "e3", "e4"]
+    assert names(select(ranking, "top-k", k=3)) == ["e0", "e1", "e2"]
     assert names(select(ranking, "top-k", k=9)) == ["e0", "e1", "e2", "e3", "e4"]
     assert names(select(ranking, "threshold", threshold=0.9)) == ["e0", "e1"]
     none = select(ranking, "threshold", threshold=2.0)

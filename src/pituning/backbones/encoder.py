@@ -111,7 +111,8 @@ class EncoderBackbone(Backbone):
         return self._label_embeddings[choices]
 
     def _logits(self, batch: Batch, labels: Tensor) -> Tensor:
-        return self.embed(batch) @ labels.T / TEMPERATURE
+        embedded = self.embed(batch)
+        return embedded @ labels.T.to(embedded) / TEMPERATURE
 
     def _tokenize(self, texts: Sequence[tuple[str, ...]]) -> dict[str, Any]:
         first = [t[0] for t in texts]

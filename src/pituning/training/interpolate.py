@@ -168,6 +168,8 @@ def _compared(backbone: Backbone, plan: _Plan, examples: Sequence[Example]) -> C
     try:
         return cross_fit(backbone, plan.start, examples, plan.search)
     except PituningError as error:
+        if type(error) is not PituningError:  # a refusal names its experts by itself
+            raise
         raise PituningError(f"{plan.name}: {error}") from error
 
 
