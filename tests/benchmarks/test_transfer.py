@@ -332,7 +332,9 @@ def test_full_fine_tuning_changes_a_copy_and_not_the_backbone(bench: Bench, sett
 
 
 def test_full_fine_tuning_of_rounded_weights_is_in_float32(setting: Setting) -> None:
-    tuned, _ = fully_tuned(build_bert(torch.bfloat16), setting.examples, replace(setting.search, learning_rates=(0.1,)), 0)
+    tuned, _ = fully_tuned(
+        build_bert(torch.bfloat16), setting.examples, replace(setting.search, learning_rates=(0.1,)), 0
+    )
     assert {p.dtype for p in tuned.model.parameters()} == {torch.float32}
     assert log_probabilities(tuned, setting.examples).dtype == torch.float32
 

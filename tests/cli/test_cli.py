@@ -299,7 +299,9 @@ class TestWork:
 
     def test_interpolation_as_tables(self, shared: list[object], pool: ExpertPool) -> None:
         arguments = ["movie_quotes", *shared, "--shots", 4, "--experts", "word_tone,pocket_gear", "--init", "0.8,0.2"]
-        shown = run("interpolate", *arguments, "--scale", 1, "--train-mode", "none", "--rank", 3, "--save", "blend").stdout
+        shown = run(
+            "interpolate", *arguments, "--scale", 1, "--train-mode", "none", "--rank", 3, "--save", "blend"
+        ).stdout
         assert "Candidates" in shown
         assert f"saved to {pool.folder / 'blend'}" in shown
         weights = {p["name"]: p["weight"] for p in pool.load("blend").card.lineage}
