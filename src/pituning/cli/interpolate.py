@@ -207,7 +207,7 @@ def interpolate(
 
 def _tables(found: Interpolation) -> list[Group]:
     candidates = [
-        ["→" if c.chosen else "", c.name, f"{c.scale:g}", f"{c.loss:.4f}", f"{c.learning_rate:g}", str(c.steps)]
+        ["→" if c.chosen else "", c.name, f"{c.scale:.3g}", f"{c.loss:.4f}", f"{c.learning_rate:g}", str(c.steps)]
         for c in found.candidates
     ]
     weights = [[name, f"{weight:.3f}"] for name, weight in found.mean_weights().items()]

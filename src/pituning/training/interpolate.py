@@ -21,9 +21,9 @@ from pituning.tasks.task import Task
 from pituning.training.blend import Candidate, Interpolation, blended_card, collapsed, require_rank
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_one_standard_error
 from pituning.training.starts import (
-    best_scale,
     blend_start,
     calibrated_loss,
+    expected_scale,
     held_out_calibrated_loss,
     initial_weights,
     kept_start,
@@ -102,9 +102,10 @@ def choose(
         alternatives: also compare a warm start from the expert of the lowest such log-loss, which is the first of a ranking
             by ``calibrated-score``, and the own expert as it is.
         coefficients, temperature: from α to the weights; see :class:`pituning.interpolation.Coefficients`.
-        scale: what softmax weights sum to, for the interpolations; ``"auto"`` takes for LoRA that of :data:`SCALES` at which
-            the untrained blend has the lowest such log-loss, and else 1 (the paper): twice the change of a bottleneck's
-            two matrices is four times its effect.
+        scale: what softmax weights sum to, for the interpolations; ``"auto"`` takes for LoRA the mean of
+            :data:`pituning.training.starts.SCALES` by how well the untrained blend explains the shots at each
+            (:func:`pituning.training.starts.expected_scale`), and else 1 (the paper): twice the change of a bottleneck's two
+            matrices is four times its effect.
         search: learning rates, steps and folds, the same for every candidate; its ``alpha_learning_rate`` is zero unless it
             is given, and then α stays where it starts. With ``optimizer="cma"`` and
             ``train="weights"`` the weights of the interpolation are learned without gradients.
@@ -142,7 +143,9 @@ def choose(
         found = scale
         if isinstance(found, str) and coefficients == "softmax" and is_lora(experts[0]):
             untrained = {**how, "train": "none"}
-            found = best_scale(backbone, lambda s: begin(**untrained, scale=s), examples, search if with_own else None)
+            found = expected_scale(
+                backbone, lambda s: begin(**untrained, scale=s), examples, search if with_own else None
+            )
         found = 1.0 if isinstance(found, str) else found
         return _Plan(name, tuple(members), weights, begin(**how, scale=found), search, granularity, found)
 

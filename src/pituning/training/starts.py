@@ -25,7 +25,7 @@ from pituning.training.module import running
 INITS = ("uniform", "similarity", "score")
 INCLUDE_OWN = ("auto", True, False)
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
-"""What a blend's weights may sum to."""
+"""What the sum of a blend's weights is a mean of."""
 
 
 def blend_start(
@@ -63,16 +63,18 @@ def blend_start(
     return begin
 
 
-def best_scale(
+def expected_scale(
     backbone: Backbone,
     start: Callable[[float], Start],
     examples: Sequence[Example],
     search: Search | None = None,
 ) -> float:
-    """That of :data:`SCALES` at which an untrained blend has the lowest :func:`bias_calibrated_loss` on the shots.
+    """The mean of :data:`SCALES`, each weighed by how well the untrained blend explains the shots at it.
 
     Experts of different tasks change different things, so that their mean changes each of them less than its expert does,
-    and more of all of them is better, up to a point.
+    and more of all of them is better, up to a point. A few dozen shots seldom tell where that is: what weighs is the
+    tempered evidence by which :func:`score_weights` weighs experts, over :func:`bias_calibrated_loss`, so that losses which
+    hardly differ give a middling scale, and not whichever is ahead by chance.
 
     Args:
         start: scale → a start that trains nothing.
@@ -80,6 +82,9 @@ def best_scale(
 
     Returns:
         one where the experts have no product form, or no common starting point, to reach out from.
+
+    Raises:
+        PituningError: if the blend's log-loss is finite at none of the scales.
     """
     parts: list[tuple[int | None, Sequence[Example]]] = [(None, examples)]
     if search is not None:
@@ -99,7 +104,10 @@ def best_scale(
             with running(backbone, mixture, config) as model:
                 rows.append(log_probabilities(backbone, part, model))
         losses[scale] = bias_calibrated_loss(torch.cat(rows), pooled)
-    return min(losses, key=lambda scale: (not math.isfinite(losses[scale]), losses[scale]))
+    finite = {scale: loss for scale, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise PituningError(f"the untrained blend has no finite log-loss at any scale of {', '.join(map(str, SCALES))}")
+    return sum(s * w for s, w in zip(finite, score_weights(list(finite.values()), len(pooled)), strict=True))
 
 
 def kept_start(own: Mapping[int | None, Expert]) -> Start:
