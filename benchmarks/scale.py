@@ -4,10 +4,11 @@
 
 The pool is the one that `python -m benchmarks.transfer run --suite core` trains in its work folder. For every target, draw and
 scale, of the mean of the `--top` nearest by `calibrated-score` (uniform, or `--weights score` as `interpolate` has it): the
-calibrated log-loss on the shots, by which `interpolate` takes a scale; the accuracy on 500 test examples as it is; and after
-40 steps of 16 at a rate of 3e-4 on all of the shots, without any choice. With `--best` the scale of the lowest such log-loss
-alone. At scale 0 the blend does nothing, and only its directions are left. With `--noise` the
-three are random experts of the same ‖ΔW‖ (see `random_parameters`): what scale does by itself.
+calibrated log-loss on the shots, by which `interpolate` weighs the scales; the accuracy on 500 test examples as it is; and
+after 40 steps of 16 at a rate of 3e-4 on all of the shots, without any choice. With `--best` the scale of the lowest such
+log-loss alone; with `--mean` also the scale that `interpolate` takes. At scale 0 the blend does nothing, and only its
+directions are left. With `--noise` the three are random experts of the same ‖ΔW‖ (see `random_parameters`): what scale does by
+itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pituning.interpolation import build_mixture, collapse
 from pituning.similarity.select import rank_experts
 from pituning.training.crossfit import Search
 from pituning.training.evaluation import evaluate
-from pituning.training.starts import calibrated_loss, initial_weights
+from pituning.training.starts import calibrated_loss, initial_weights, score_weights
 
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 LIMIT = 500
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--top", nargs="+", type=int, default=[3])
     parser.add_argument("--weights", choices=("uniform", "score"), default="uniform")
     parser.add_argument("--best", action="store_true")
+    parser.add_argument("--mean", action="store_true")
     parser.add_argument("--noise", action="store_true")
     parser.add_argument("--bf16-weights", action="store_true", help="round the frozen weights to bfloat16")
     parser.add_argument("--threads", type=int, default=1)
@@ -67,7 +69,12 @@ def main() -> None:
                 weights = initial_weights(options.weights, losses, None, len(examples))
                 blends = {scale: _times(_mean(experts, weights), scale) for scale in options.scales}
                 before = {scale: calibrated_loss(backbone, blend, examples) for scale, blend in blends.items()}
-                wanted = [min(before, key=before.__getitem__)] if options.best else options.scales
+                wanted = [min(before, key=before.__getitem__)] if options.best else list(options.scales)
+                if options.mean:
+                    asked = _mean_scale(before, len(examples))
+                    blends[asked] = _times(_mean(experts, weights), asked)
+                    before[asked] = calibrated_loss(backbone, blends[asked], examples)
+                    wanted.append(asked)
                 names = f"{','.join(e.name for e in nearest)}{' as noise' * options.noise}"
                 for scale in wanted:
                     blend, settings = blends[scale], search.settings(min(search.learning_rates), search.steps, draw)
@@ -75,10 +82,17 @@ def main() -> None:
                     as_it_is = evaluate(backbone, blend, task, limit=LIMIT)
                     after = evaluate(backbone, tuned, task, limit=LIMIT)
                     print(
-                        f"{target} {draw} {names} {scale:g} | {before[scale]:.3f} {100 * as_it_is.value:.1f} "
+                        f"{target} {draw} {names} {scale:.3g} | {before[scale]:.3f} {100 * as_it_is.value:.1f} "
                         f"{100 * after.value:.1f} {after.metrics['log-loss']:.3f}",
                         flush=True,
                     )
+
+
+def _mean_scale(losses: dict[float, float], examples: int) -> float:
+    """As `interpolate` has it, of the scales from 1 on."""
+    reaching = {scale: loss for scale, loss in losses.items() if scale >= 1}
+    shares = score_weights(list(reaching.values()), examples)
+    return float(sum(scale * share for scale, share in zip(reaching, shares, strict=True)))
 
 
 def _mean(experts: list[Expert], weights: list[float]) -> Expert:
