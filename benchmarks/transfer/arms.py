@@ -32,10 +32,10 @@ from pituning.training.trainer import fit
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """s of ``own-rescaled``."""
-DEFAULTS = 4
+DEFAULTS = 5
 """Of `choose` and `Ranking.top`; raised when they change, so that cells of before no longer count. 2: the weights sum to a
 scale, and the blend is tuned as one expert. 3: five experts of LoRA, and scales up to 7. 4: not the best of the scales, but
-their mean under the evidence of the shots."""
+their mean under the evidence of the shots. 5: two standard errors, and not one, for a candidate other than the blend."""
 WARM_DEFAULTS = 2
 """Of warm starts, π's among them, likewise. 2: they take at least the grid's fewest steps."""
 WARM = ("nearest-tuned", "soup-tuned", "multitask-tuned", "ties-tuned", "lorahub", "ratatouille", "pi-published")

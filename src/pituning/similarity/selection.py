@@ -22,7 +22,7 @@ from pituning.interpolation.build import build_mixture, is_lora
 from pituning.similarity.measures import SCORES, weight_similarity
 from pituning.similarity.select import Ranking, default_k
 from pituning.tasks.task import Task
-from pituning.training.crossfit import Search, within_one_standard_error
+from pituning.training.crossfit import Search, within_standard_errors
 from pituning.training.evaluation import bias_calibrated_loss, calibrated_losses, log_probabilities
 from pituning.training.module import running
 from pituning.training.starts import score_weights
@@ -255,7 +255,7 @@ def _checked(ranking: Ranking, how: str, rule: Rule, shots: _Shots, own: Expert 
     helpers = [shots.arm(name, r) for name, r in rules.items()]
     rivals = [shots.arm("bare backbone", _always(()))] + ([shots.own_arm(own)] if own is not None else [])
     rival = min(rivals, key=lambda arm: arm.loss)
-    better = [arm for arm in helpers if not within_one_standard_error(rival.losses, arm.losses)]
+    better = [arm for arm in helpers if not within_standard_errors(rival.losses, arm.losses)]
     best = better[0] if better else min(helpers, key=lambda arm: arm.loss)
     gain = rival.losses - best.losses
     reason = (

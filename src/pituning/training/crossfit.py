@@ -134,7 +134,7 @@ def choose_cell(losses: Mapping[tuple[float, int], Tensor], warm: bool) -> tuple
     losses = {cell: values for cell, values in losses.items() if bool(values.isfinite().all())} or _diverged(losses)
     best = min(losses, key=lambda cell: (float(losses[cell].mean()), cell))
 
-    cells = [cell for cell in losses if within_one_standard_error(losses[cell], losses[best])]
+    cells = [cell for cell in losses if within_standard_errors(losses[cell], losses[best])]
     if warm:
         return min(cells, key=lambda cell: (cell[0], -cell[1]))
     return min(cells, key=lambda cell: (-cell[1], float(losses[cell].mean()), cell[0]))
@@ -145,10 +145,10 @@ def _diverged(losses: Mapping[tuple[float, int], Tensor]) -> NoReturn:
     raise PituningError(f"the held-out loss is not a finite number after any of {cells}: lower the learning rates")
 
 
-def within_one_standard_error(losses: Tensor, best: Tensor) -> bool:
-    """Whether the paired difference of two per-example losses is no larger than its standard error."""
+def within_standard_errors(losses: Tensor, best: Tensor, count: float = 1) -> bool:
+    """Whether the paired difference of two per-example losses is no larger than so many of its standard errors."""
     difference = losses - best
-    return float(difference.mean()) <= float(difference.std()) / math.sqrt(len(difference))
+    return float(difference.mean()) <= count * float(difference.std()) / math.sqrt(len(difference))
 
 
 def _fold_curve(

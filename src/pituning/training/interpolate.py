@@ -19,7 +19,7 @@ from pituning.experts.expert import Expert
 from pituning.interpolation.build import Granularity, is_lora
 from pituning.tasks.task import Task
 from pituning.training.blend import Candidate, Interpolation, blended_card, collapsed, require_rank
-from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_one_standard_error
+from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_standard_errors
 from pituning.training.starts import (
     blend_start,
     calibrated_loss,
@@ -34,6 +34,8 @@ from pituning.training.trainer import fit
 
 ALPHA_LEARNING_RATE = 1e-2
 """Of α in the search that is made where none is given."""
+EVIDENCE = 2.0
+"""Standard errors by which the blend's held-out loss must be behind for another candidate to be taken."""
 
 
 def interpolate(
@@ -202,13 +204,15 @@ class Choice:
 
     @property
     def best(self) -> int:
-        """Index of the chosen candidate: the first whose cross-fitted loss is within one standard error of the lowest.
+        """Index of the chosen candidate: the first whose cross-fitted loss is within :data:`EVIDENCE` standard errors of the
+        lowest.
 
         The order is that of our prior: a blend varies less from draw to draw than any single expert, so it takes evidence
-        beyond the noise of the held-out shots to prefer a warm start from one of them, or the own expert.
+        beyond the noise of the held-out shots to prefer a warm start from one of them, or the own expert. The lowest of
+        four noisy losses is often one standard error ahead by chance alone.
         """
         lowest = min(self.found, key=lambda f: f.loss)
-        return next(i for i, f in enumerate(self.found) if within_one_standard_error(f.losses, lowest.losses))
+        return next(i for i, f in enumerate(self.found) if within_standard_errors(f.losses, lowest.losses, EVIDENCE))
 
     def candidates(self) -> tuple[Candidate, ...]:
         """What was compared, with the figures."""
