@@ -13,17 +13,14 @@ itself.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import pituning as pt
+from benchmarks.draws import LIMIT, draw_options, drawn, opened
 from benchmarks.warm import warm_started
 from pituning.experiments.controls import random_parameters
 from pituning.experts.expert import Expert, ExpertCard
@@ -31,68 +28,50 @@ from pituning.interpolation import build_mixture, collapse
 from pituning.similarity.select import rank_experts
 from pituning.training.crossfit import Search
 from pituning.training.evaluation import evaluate
-from pituning.training.starts import calibrated_loss, initial_weights, score_weights
+from pituning.training.starts import calibrated_loss, initial_weights, mean_scale
 
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
-LIMIT = 500
 
 
 def main() -> None:
     """One line for each target, draw and scale."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pool", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
-    parser.add_argument("--targets", nargs="+", required=True)
-    parser.add_argument("--draws", nargs="+", type=int, default=[0])
+    parser = draw_options(__doc__)
     parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES))
     parser.add_argument("--top", nargs="+", type=int, default=[3])
     parser.add_argument("--weights", choices=("uniform", "score"), default="uniform")
     parser.add_argument("--best", action="store_true")
     parser.add_argument("--mean", action="store_true")
     parser.add_argument("--noise", action="store_true")
-    parser.add_argument("--bf16-weights", action="store_true", help="round the frozen weights to bfloat16")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    dtype = torch.bfloat16 if options.bf16_weights else None
-    backbone, pool, search = pt.load_backbone("minilm", dtype=dtype), pt.ExpertPool(options.pool), Search()
+    (backbone, pool), search = opened(options), Search()
     print("target draw experts scale | log-loss on the shots, accuracy as it is, accuracy and log-loss when tuned")
-    for target in options.targets:
-        for draw in options.draws:
-            task = pt.load_task(target, data=options.data).few_shot(16, draw)
-            examples = task.split("train")
-            ranking = rank_experts(backbone, task, pool)
-            for top in options.top:
-                nearest = ranking.top(top)
-                experts = [random_parameters(backbone, e, draw) for e in nearest] if options.noise else nearest
-                losses = [calibrated_loss(backbone, e, examples) for e in experts]
-                weights = initial_weights(options.weights, losses, None, len(examples))
-                blends = {scale: _times(_mean(experts, weights), scale) for scale in options.scales}
-                before = {scale: calibrated_loss(backbone, blend, examples) for scale, blend in blends.items()}
-                wanted = [min(before, key=before.__getitem__)] if options.best else list(options.scales)
-                if options.mean:
-                    asked = _mean_scale(before, len(examples))
-                    blends[asked] = _times(_mean(experts, weights), asked)
-                    before[asked] = calibrated_loss(backbone, blends[asked], examples)
-                    wanted.append(asked)
-                names = f"{','.join(e.name for e in nearest)}{' as noise' * options.noise}"
-                for scale in wanted:
-                    blend, settings = blends[scale], search.settings(min(search.learning_rates), search.steps, draw)
-                    tuned = warm_started(backbone, blend, examples, settings, blend.card)
-                    as_it_is = evaluate(backbone, blend, task, limit=LIMIT)
-                    after = evaluate(backbone, tuned, task, limit=LIMIT)
-                    print(
-                        f"{target} {draw} {names} {scale:.3g} | {before[scale]:.3f} {100 * as_it_is.value:.1f} "
-                        f"{100 * after.value:.1f} {after.metrics['log-loss']:.3f}",
-                        flush=True,
-                    )
-
-
-def _mean_scale(losses: dict[float, float], examples: int) -> float:
-    """As `interpolate` has it, of the scales from 1 on."""
-    reaching = {scale: loss for scale, loss in losses.items() if scale >= 1}
-    shares = score_weights(list(reaching.values()), examples)
-    return float(sum(scale * share for scale, share in zip(reaching, shares, strict=True)))
+    for target, draw, task in drawn(options):
+        examples = task.split("train")
+        ranking = rank_experts(backbone, task, pool)
+        for top in options.top:
+            nearest = ranking.top(top)
+            experts = [random_parameters(backbone, e, draw) for e in nearest] if options.noise else nearest
+            losses = [calibrated_loss(backbone, e, examples) for e in experts]
+            weights = initial_weights(options.weights, losses, None, len(examples))
+            blends = {scale: _times(_mean(experts, weights), scale) for scale in options.scales}
+            before = {scale: calibrated_loss(backbone, blend, examples) for scale, blend in blends.items()}
+            wanted = [min(before, key=before.__getitem__)] if options.best else list(options.scales)
+            if options.mean:
+                asked = mean_scale({s: loss for s, loss in before.items() if s >= 1}, len(examples))
+                blends[asked] = _times(_mean(experts, weights), asked)
+                before[asked] = calibrated_loss(backbone, blends[asked], examples)
+                wanted.append(asked)
+            names = f"{','.join(e.name for e in nearest)}{' as noise' * options.noise}"
+            for scale in wanted:
+                blend, settings = blends[scale], search.settings(min(search.learning_rates), search.steps, draw)
+                tuned = warm_started(backbone, blend, examples, settings, blend.card)
+                as_it_is = evaluate(backbone, blend, task, limit=LIMIT)
+                after = evaluate(backbone, tuned, task, limit=LIMIT)
+                print(
+                    f"{target} {draw} {names} {scale:.3g} | {before[scale]:.3f} {100 * as_it_is.value:.1f} "
+                    f"{100 * after.value:.1f} {after.metrics['log-loss']:.3f}",
+                    flush=True,
+                )
 
 
 def _mean(experts: list[Expert], weights: list[float]) -> Expert:

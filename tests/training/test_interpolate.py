@@ -216,6 +216,7 @@ class TestScale:
                 rows = [bert.score(bert.collate([e]), e.choices)[0] for e in examples]
             losses[scale] = float(bias_calibrated_losses(torch.stack(rows).log_softmax(1), examples).mean())
         (candidate,) = result.candidates
+        assert len({round(loss, 4) for loss in losses.values()}) > 1
         shares = by_evidence(list(losses.values()), len(examples))
         assert candidate.scale == pytest.approx(float(shares @ np.array(SCALES)), rel=1e-3)
         assert candidate.scale != pytest.approx(np.mean(SCALES), rel=1e-2), "the shots do tell something"

@@ -211,8 +211,12 @@ class Choice:
         beyond the noise of the held-out shots to prefer a warm start from one of them, or the own expert. The lowest of
         four noisy losses is often one standard error ahead by chance alone.
         """
+        return self.first_within(EVIDENCE)
+
+    def first_within(self, errors: float) -> int:
+        """Index of the first candidate whose cross-fitted loss is within so many standard errors of the lowest."""
         lowest = min(self.found, key=lambda f: f.loss)
-        return next(i for i, f in enumerate(self.found) if within_standard_errors(f.losses, lowest.losses, EVIDENCE))
+        return next(i for i, f in enumerate(self.found) if within_standard_errors(f.losses, lowest.losses, errors))
 
     def candidates(self) -> tuple[Candidate, ...]:
         """What was compared, with the figures."""

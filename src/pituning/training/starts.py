@@ -107,7 +107,13 @@ def expected_scale(
     finite = {scale: loss for scale, loss in losses.items() if math.isfinite(loss)}
     if not finite:
         raise PituningError(f"the untrained blend has no finite log-loss at any scale of {', '.join(map(str, SCALES))}")
-    return sum(s * w for s, w in zip(finite, score_weights(list(finite.values()), len(pooled)), strict=True))
+    return mean_scale(finite, len(pooled))
+
+
+def mean_scale(losses: Mapping[float, float], examples: int) -> float:
+    """The mean of scales, each weighed by :func:`score_weights` of its log-loss on so many examples."""
+    shares = score_weights(list(losses.values()), examples)
+    return sum(scale * share for scale, share in zip(losses, shares, strict=True))
 
 
 def kept_start(own: Mapping[int | None, Expert]) -> Start:
