@@ -4,7 +4,7 @@
 
 The pool is the one that `python -m benchmarks.transfer run --suite core` trains in its work folder. For every target, draw and
 scale, of the mean of the `--top` nearest by `calibrated-score` (uniform, or `--weights score` as `interpolate` has it): the
-calibrated log-loss on the shots, by which `interpolate` weighs the scales; the accuracy on 500 test examples as it is; and
+log-loss on the shots, by which `interpolate` weighs the scales; the accuracy on 500 test examples as it is; and
 after 40 steps of 16 at a rate of 3e-4 on all of the shots, without any choice. With `--best` the scale of the lowest such
 log-loss alone; with `--mean` also the scale that `interpolate` takes. At scale 0 the blend does nothing, and only its
 directions are left. With `--noise` the three are random experts of the same ‖ΔW‖ (see `random_parameters`): what scale does by
@@ -14,6 +14,7 @@ itself.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,13 +23,15 @@ if not __package__:  # run by its path
 
 from benchmarks.draws import LIMIT, draw_options, drawn, opened
 from benchmarks.warm import warm_started
+from pituning.backbones import Backbone
+from pituning.example import Example
 from pituning.experiments.controls import random_parameters
 from pituning.experts.expert import Expert, ExpertCard
 from pituning.interpolation import build_mixture, collapse
 from pituning.similarity.select import rank_experts
 from pituning.training.crossfit import Search
-from pituning.training.evaluation import evaluate
-from pituning.training.starts import calibrated_loss, initial_weights, mean_scale
+from pituning.training.evaluation import evaluate, log_loss
+from pituning.training.starts import calibrated_loss, expert_log_probabilities, initial_weights, mean_scale
 
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 
@@ -54,12 +57,12 @@ def main() -> None:
             losses = [calibrated_loss(backbone, e, examples) for e in experts]
             weights = initial_weights(options.weights, losses, None, len(examples))
             blends = {scale: _times(_mean(experts, weights), scale) for scale in options.scales}
-            before = {scale: calibrated_loss(backbone, blend, examples) for scale, blend in blends.items()}
+            before = {scale: _loss(backbone, blend, examples) for scale, blend in blends.items()}
             wanted = [min(before, key=before.__getitem__)] if options.best else list(options.scales)
             if options.mean:
                 asked = mean_scale({s: loss for s, loss in before.items() if s >= 1}, len(examples))
                 blends[asked] = _times(_mean(experts, weights), asked)
-                before[asked] = calibrated_loss(backbone, blends[asked], examples)
+                before[asked] = _loss(backbone, blends[asked], examples)
                 wanted.append(asked)
             names = f"{','.join(e.name for e in nearest)}{' as noise' * options.noise}"
             for scale in wanted:
@@ -72,6 +75,10 @@ def main() -> None:
                     f"{100 * after.value:.1f} {after.metrics['log-loss']:.3f}",
                     flush=True,
                 )
+
+
+def _loss(backbone: Backbone, expert: Expert, examples: Sequence[Example]) -> float:
+    return log_loss(expert_log_probabilities(backbone, expert, examples), examples)
 
 
 def _mean(experts: list[Expert], weights: list[float]) -> Expert:

@@ -32,10 +32,11 @@ from pituning.training.trainer import fit
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """s of ``own-rescaled``."""
-DEFAULTS = 5
+DEFAULTS = 6
 """Of `choose` and `Ranking.top`; raised when they change, so that cells of before no longer count. 2: the weights sum to a
 scale, and the blend is tuned as one expert. 3: five experts of LoRA, and scales up to 7. 4: not the best of the scales, but
-their mean under the evidence of the shots. 5: two standard errors, and not one, for a candidate other than the blend."""
+their mean under the evidence of the shots. 5: two standard errors, and not one, for a candidate other than the blend. 6: the
+evidence for a scale is the log-loss as it is."""
 WARM_DEFAULTS = 2
 """Of warm starts, π's among them, likewise. 2: they take at least the grid's fewest steps."""
 WARM = ("nearest-tuned", "soup-tuned", "multitask-tuned", "ties-tuned", "lorahub", "ratatouille", "pi-published")
@@ -240,6 +241,7 @@ def _pi(
     if compared:
         options["own_folds"] = setting.own_without_folds(0)  # as `choose` trains them, once for all arms
     own = setting.own(setting.seed) if compared else None
+    options["shared"] = setting.cross_fitted
     choice = choose(setting.backbone, setting.task, members, own, search=search, **options)
     found = choice.refit(setting.seed)
     return Outcome(found.expert, _blend_details(found))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.transfer.descent import multitask_expert
 from benchmarks.transfer.sharing import Shared
@@ -18,7 +20,7 @@ from pituning.experiments.recipe import InterpolationSection, PoolSection, Recip
 from pituning.experts.expert import Expert, ExpertCard
 from pituning.interpolation.collapse import collapse
 from pituning.similarity.select import DEFAULT_KIND, Ranking, rank_experts
-from pituning.training.crossfit import Start, cross_fit
+from pituning.training.crossfit import CrossFit, Start, cross_fit
 from pituning.training.evaluation import evaluate
 from pituning.training.starts import blend_start
 from pituning.training.train_expert import fold_experts, train_expert
@@ -163,6 +165,18 @@ class Setting(Draw):
 
         piece = self.shared.get(f"tuned-{expert.name}", make)
         return piece.experts["tuned"], dict(piece.value)
+
+    def cross_fitted(self, name: str, compute: Callable[[], CrossFit]) -> CrossFit:
+        """What :func:`choose` finds out about a candidate that all arms of π compare with, by its name."""
+
+        def make() -> tuple[Any, dict[str, Expert]]:
+            found = asdict(compute())
+            return {**found, "losses": found["losses"].tolist()}, {}
+
+        value = self.shared.get(f"cross-fit of {name}", make).value
+        curves = {float(r): {int(s): loss for s, loss in curve.items()} for r, curve in value["curves"].items()}
+        losses = torch.tensor(value["losses"], dtype=torch.float64)
+        return CrossFit(value["learning_rate"], value["steps"], value["loss"], curves, losses)
 
     def multitask(self, names: Sequence[str]) -> Expert:
         """One expert of several sources' rows together; the same for every target that has these nearest."""

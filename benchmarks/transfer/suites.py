@@ -61,9 +61,13 @@ TABLE1 = tuple(
 )
 """As in the paper's Table 1: referring expressions, questions, entailment; and two classifications."""
 
-SOURCE_TRAINING = TrainSettings(learning_rate=1e-3, epochs=2.0, batch_size=32)
+SOURCE_TRAINING = TrainSettings(learning_rate=1e-3, epochs=4.0, batch_size=32)
+"""Of language tasks. After 1,000 rows twice experts hardly knew their own tasks ("How well the sources are trained" of
+docs/transfer.md)."""
+MILD_TRAINING = TrainSettings(learning_rate=1e-3, epochs=2.0, batch_size=32)
 MADE_ROWS = 2_000
-"""Of sources on emoji scenes. Experts of 10,000 rows at a rate of 4e-3 know their tasks better, and help others less."""
+"""Of sources on emoji scenes, which are trained mildly. Experts of 10,000 rows at a rate of 4e-3 know their tasks better, and
+help others less."""
 SEARCH = Search()
 
 
@@ -101,7 +105,7 @@ class Suite:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     arms: tuple[str, ...] = MAIN
     test_limit: int = 500
-    source_rows: int = 1000
+    source_rows: int = 3000
     source_training: TrainSettings = SOURCE_TRAINING
     texts_tell: bool = True
     top: int = 3
@@ -158,6 +162,7 @@ _CORE = Suite(
     DEVELOPMENT,
     tuple(t for t in LANGUAGE if t not in DEVELOPMENT),
     (*LANGUAGE, "rte"),
+    seeds=(5, 6, 7, 8, 9),  # seeds 0 to 4 were measured with sources that were hardly trained
     # for LoRA, whose two factors share a weight, weights per tensor are weights per module
     arms=(*MAIN, *(a for a in ABLATIONS if a != "pi-tensor")),
 )
@@ -187,6 +192,7 @@ _TABLE1 = Suite(
         "pi-random",
     ),
     source_rows=MADE_ROWS,
+    source_training=MILD_TRAINING,
     texts_tell=False,
 )
 
@@ -222,7 +228,17 @@ SUITES: Mapping[str, Suite] = {
             without_classes=8,
             arms=(*MAIN, *ABLATIONS),
             source_rows=MADE_ROWS,
+            source_training=MILD_TRAINING,
             texts_tell=False,
+        ),
+        replace(
+            _CORE,
+            name="mild",
+            title="`core` with sources that were hardly trained: 1,000 rows, two epochs",
+            seeds=(0, 1, 2, 3, 4),
+            arms=("zero-shot", *FIRST, "nearest", "soup"),
+            source_rows=1000,
+            source_training=MILD_TRAINING,
         ),
         _TABLE1,
         replace(

@@ -31,6 +31,7 @@ from benchmarks.transfer.setting import Setting
 from benchmarks.transfer.sharing import Shared
 from benchmarks.transfer.sources import audit, source_rows
 from benchmarks.transfer.suites import ABLATIONS, FIRST, MAIN, OTHER_METHODS, SUITES, Suite
+from pituning.backbones import Backbone
 from pituning.example import Example
 from pituning.experiments.controls import random_parameters
 from pituning.experts import Expert
@@ -38,7 +39,7 @@ from pituning.experts.health import require_sound
 from pituning.tasks import Task, load_task
 from pituning.training.crossfit import Search
 from pituning.training.evaluation import log_probabilities
-from pituning.training.interpolate import choose
+from pituning.training.interpolate import _compared, choose
 from pituning.training.train_expert import fold_experts
 from pituning.training.trainer import TrainSettings
 
@@ -560,6 +561,36 @@ def test_own_experts_of_folds_may_be_given_and_must_be_complete(
     assert "no expert without fold 1" in message(
         lambda: choose(setting.backbone, setting.task, experts, own, search=setting.search, own_folds=folds)
     )
+
+
+def test_choices_on_one_draw_may_share_the_alternatives(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, experts = setting.own(0), setting.ranking.top(2)
+    made: list[str] = []
+
+    def counted(backbone: Backbone, plan: Any, examples: Any) -> Any:
+        made.append(plan.name)
+        return _compared(backbone, plan, examples)
+
+    monkeypatch.setattr("pituning.training.interpolate._compared", counted)
+    alone = choose(setting.backbone, setting.task, experts, own, search=setting.search)
+    first, again = (
+        choose(setting.backbone, setting.task, experts, own, search=setting.search, shared=setting.cross_fitted)
+        for _ in range(2)
+    )
+    names = [candidate.name for candidate in alone.candidates()]
+    assert [name.split(" from ")[0] for name in names[2:]] == ["warm start", "keep the own expert"]
+    assert made == [*names, *names, *names[:2]]  # a blend is an arm's own
+    assert first.candidates() == again.candidates()
+    for shared in (first, again):
+        for one, other in zip(shared.found, alone.found, strict=True):
+            assert (one.learning_rate, one.steps, list(one.curves)) == (
+                other.learning_rate,
+                other.steps,
+                list(other.curves),
+            )
+            for rate, curve in other.curves.items():
+                assert one.curves[rate] == pytest.approx(curve)
+            torch.testing.assert_close(one.losses, other.losses, check_dtype=False)
 
 
 def test_a_wrong_name_is_refused_with_the_nearest(message: Callable[..., str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pituning.backbones.base import Backbone
@@ -214,7 +215,9 @@ class TestScale:
                     dense[name] = dense.get(name, torch.zeros_like(delta)) + weight * delta
             with torch.no_grad(), with_deltas(bert, dense):
                 rows = [bert.score(bert.collate([e]), e.choices)[0] for e in examples]
-            losses[scale] = float(bias_calibrated_losses(torch.stack(rows).log_softmax(1), examples).mean())
+            losses[scale] = float(
+                F.cross_entropy(torch.stack(rows).double(), torch.tensor([e.label for e in examples]))
+            )
         (candidate,) = result.candidates
         assert len({round(loss, 4) for loss in losses.values()}) > 1
         shares = by_evidence(list(losses.values()), len(examples))

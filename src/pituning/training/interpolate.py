@@ -7,7 +7,7 @@ on the shots; the best is refitted on all of them and collapsed into one expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -88,6 +88,7 @@ def choose(
     scale: float | str = "auto",
     search: Search | None = None,
     own_folds: Mapping[int | None, Expert] | None = None,
+    shared: Callable[[str, Callable[[], CrossFit]], CrossFit] | None = None,
 ) -> Choice:
     """Compare the candidates by cross-fitted log-loss on the shots.
 
@@ -113,6 +114,8 @@ def choose(
             ``train="weights"`` the weights of the interpolation are learned without gradients.
         own_folds: the own expert without each fold of ``search``, from :func:`fold_experts`, where several choices for one
             target share them; trained here where they are not given.
+        shared: called for each of the ``alternatives`` with its name and a function that cross-fits it, where several choices
+            on the same shots and grid share these, too: gives the outcome of the first such call.
 
     Raises:
         as :func:`interpolate`.
@@ -159,13 +162,17 @@ def choose(
         own_loss = held_out_calibrated_loss(backbone, folds, examples, search)
         weights = initial_weights(init, [*losses, own_loss], similarities, len(examples), own=True)
         plans.append(interpolation("interpolation with the own expert", (*experts, own), weights, with_own=True))
+    blends = len(plans)
     if alternatives:
         best = experts[losses.index(min(losses))]  # the first by the default similarity
         start = blend_start(backbone, [best], [1.0], train="experts", granularity="model")
         plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start, plain, "model"))
         if own is not None:
             plans.append(_Plan("keep the own expert", (own,), [1.0], kept_start(folds), plain, "model"))
-    found = [_compared(backbone, p, examples) for p in plans]
+    found = []
+    for index, plan in enumerate(plans):
+        compute = partial(_compared, backbone, plan, examples)
+        found.append(shared(plan.name, compute) if shared and index >= blends else compute())
     return Choice(backbone, task, tuple(plans), tuple(found))
 
 

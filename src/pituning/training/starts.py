@@ -19,7 +19,7 @@ from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import attached, config_dict, initial_tensors
 from pituning.methods.presets import make_config
 from pituning.training.crossfit import Search, Start
-from pituning.training.evaluation import bias_calibrated_loss, log_probabilities
+from pituning.training.evaluation import bias_calibrated_loss, log_loss, log_probabilities
 from pituning.training.module import running
 
 INITS = ("uniform", "similarity", "score")
@@ -73,8 +73,9 @@ def expected_scale(
 
     Experts of different tasks change different things, so that their mean changes each of them less than its expert does,
     and more of all of them is better, up to a point. A few dozen shots seldom tell where that is: what weighs is the
-    tempered evidence by which :func:`score_weights` weighs experts, over :func:`bias_calibrated_loss`, so that losses which
-    hardly differ give a middling scale, and not whichever is ahead by chance.
+    tempered evidence by which :func:`score_weights` weighs experts, so that losses which hardly differ give a middling scale,
+    and not whichever is ahead by chance. The log-loss is as it is, not after a temperature, which would forgive a blend that
+    reaches too far what it costs most: to be sure of what is wrong.
 
     Args:
         start: scale → a start that trains nothing.
@@ -103,7 +104,7 @@ def expected_scale(
                 return 1.0
             with running(backbone, mixture, config) as model:
                 rows.append(log_probabilities(backbone, part, model))
-        losses[scale] = bias_calibrated_loss(torch.cat(rows), pooled)
+        losses[scale] = log_loss(torch.cat(rows), pooled)
     finite = {scale: loss for scale, loss in losses.items() if math.isfinite(loss)}
     if not finite:
         raise PituningError(f"the untrained blend has no finite log-loss at any scale of {', '.join(map(str, SCALES))}")
