@@ -563,8 +563,11 @@ def test_own_experts_of_folds_may_be_given_and_must_be_complete(
     )
 
 
-def test_choices_on_one_draw_may_share_the_alternatives(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_on_one_draw_may_share_the_alternatives(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own, experts = setting.own(0), setting.ranking.top(2)
+    cross_fitted = replace(setting, shared=Shared(tmp_path)).cross_fitted
     made: list[str] = []
 
     def counted(backbone: Backbone, plan: Any, examples: Any) -> Any:
@@ -574,7 +577,7 @@ def test_choices_on_one_draw_may_share_the_alternatives(setting: Setting, monkey
     monkeypatch.setattr("pituning.training.interpolate._compared", counted)
     alone = choose(setting.backbone, setting.task, experts, own, search=setting.search)
     first, again = (
-        choose(setting.backbone, setting.task, experts, own, search=setting.search, shared=setting.cross_fitted)
+        choose(setting.backbone, setting.task, experts, own, search=setting.search, shared=cross_fitted)
         for _ in range(2)
     )
     names = [candidate.name for candidate in alone.candidates()]
