@@ -32,14 +32,20 @@ def write_pictures(found: Found, shots: int, folder: Path) -> list[Path]:
 
 
 def _differences(found: Found, shots: int) -> Any:
-    """Each arm's mean difference to own + extra steps over the report targets, with its interval; the targets as dots."""
-    rows = {}
-    for arm, difference in differences(found, RIVAL, shots, found.suite.report).items():
-        sure = difference.low > 0 or difference.high < 0
+    """Each arm's mean difference to own + extra steps over the report targets, with its interval; the targets as dots.
+
+    An arm that has not been measured on all of these has no interval there, and its label says so.
+    """
+    rows, targets = {}, found.suite.report
+    for arm, difference in differences(found, RIVAL, shots, targets).items():
+        whole = len(difference.by_target) == len(targets)
+        sure = whole and (difference.low > 0 or difference.high < 0)
         colour = PI if arm.startswith("pi") and sure else OWN if sure else OTHER
         dots, mean = list(difference.by_target.values()), difference.mean
-        ends = (mean, mean) if difference.pairs == 1 else (difference.low, difference.high)  # no interval of one pair
-        rows[ARMS[arm].label] = Row(mean, *ends, dots, colour, shown(difference))
+        few = difference.pairs == 1 or not whole
+        ends = (mean, mean) if few else (difference.low, difference.high)
+        label = ARMS[arm].label + ("" if whole else f" ({len(dots)} of {len(targets)} targets)")
+        rows[label] = Row(mean, *ends, dots, colour, f"{mean:+.1f}".replace("-", "−") if few else shown(difference))
     label = "difference to own + the same extra steps, points; dots are targets"
     return intervals(rows, label=label, title=_title(found, "report targets", shots), lines={0.0: "-"})
 
