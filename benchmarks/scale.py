@@ -56,12 +56,13 @@ def main() -> None:
             experts = [random_parameters(backbone, e, draw) for e in nearest] if options.noise else nearest
             losses = [calibrated_loss(backbone, e, examples) for e in experts]
             weights = initial_weights(options.weights, losses, None, len(examples))
-            blends = {scale: _times(_mean(experts, weights), scale) for scale in options.scales}
+            mean = _mean(experts, weights)
+            blends = {scale: _times(mean, scale) for scale in options.scales}
             before = {scale: _loss(backbone, blend, examples) for scale, blend in blends.items()}
             wanted = [min(before, key=before.__getitem__)] if options.best else list(options.scales)
             if options.mean:
                 asked = mean_scale({s: loss for s, loss in before.items() if s >= 1}, len(examples))
-                blends[asked] = _times(_mean(experts, weights), asked)
+                blends[asked] = _times(mean, asked)
                 before[asked] = _loss(backbone, blends[asked], examples)
                 wanted.append(asked)
             names = f"{','.join(e.name for e in nearest)}{' as noise' * options.noise}"

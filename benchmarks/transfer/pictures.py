@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.plots import Row, heat_map, intervals
+from benchmarks.plots import Row, heat_map, intervals, signed
 from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.report import Found, differences, shown
 from pituning.report.images import drawing, save
@@ -42,10 +42,12 @@ def _differences(found: Found, shots: int) -> Any:
         sure = whole and (difference.low > 0 or difference.high < 0)
         colour = PI if arm.startswith("pi") and sure else OWN if sure else OTHER
         dots, mean = list(difference.by_target.values()), difference.mean
-        few = difference.pairs == 1 or not whole
-        ends = (mean, mean) if few else (difference.low, difference.high)
-        label = ARMS[arm].label + ("" if whole else f" ({len(dots)} of {len(targets)} targets)")
-        rows[label] = Row(mean, *ends, dots, colour, f"{mean:+.1f}".replace("-", "−") if few else shown(difference))
+        name, ends, text = ARMS[arm].label, (difference.low, difference.high), shown(difference)
+        if not whole:
+            name = f"{name} ({len(dots)} of {len(targets)} targets)"
+        if not whole or difference.pairs == 1:  # no interval
+            ends, text = (mean, mean), signed(mean)
+        rows[name] = Row(mean, *ends, dots, colour, text)
     label = "difference to own + the same extra steps, points; dots are targets"
     return intervals(rows, label=label, title=_title(found, "report targets", shots), lines={0.0: "-"})
 

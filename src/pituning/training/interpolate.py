@@ -162,18 +162,18 @@ def choose(
         own_loss = held_out_calibrated_loss(backbone, folds, examples, search)
         weights = initial_weights(init, [*losses, own_loss], similarities, len(examples), own=True)
         plans.append(interpolation("interpolation with the own expert", (*experts, own), weights, with_own=True))
-    blends = len(plans)
+    others: list[_Plan] = []
     if alternatives:
         best = experts[losses.index(min(losses))]  # the first by the default similarity
         start = blend_start(backbone, [best], [1.0], train="experts", granularity="model")
-        plans.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start, plain, "model"))
+        others.append(_Plan(f"warm start from {best.name}", (best,), [1.0], start, plain, "model"))
         if own is not None:
-            plans.append(_Plan("keep the own expert", (own,), [1.0], kept_start(folds), plain, "model"))
-    found = []
-    for index, plan in enumerate(plans):
+            others.append(_Plan("keep the own expert", (own,), [1.0], kept_start(folds), plain, "model"))
+    found = [_compared(backbone, p, examples) for p in plans]
+    for plan in others:
         compute = partial(_compared, backbone, plan, examples)
-        found.append(shared(plan.name, compute) if shared and index >= blends else compute())
-    return Choice(backbone, task, tuple(plans), tuple(found))
+        found.append(shared(plan.name, compute) if shared else compute())
+    return Choice(backbone, task, (*plans, *others), tuple(found))
 
 
 def _compared(backbone: Backbone, plan: _Plan, examples: Sequence[Example]) -> CrossFit:
