@@ -31,6 +31,7 @@ from pituning.interpolation import build_mixture, collapse
 from pituning.similarity.select import rank_experts
 from pituning.training.crossfit import Search
 from pituning.training.evaluation import evaluate, log_loss
+from pituning.training.starts import SCALES as COMPARED
 from pituning.training.starts import calibrated_loss, expert_log_probabilities, initial_weights, mean_scale
 
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
@@ -61,7 +62,8 @@ def main() -> None:
             before = {scale: _loss(backbone, blend, examples) for scale, blend in blends.items()}
             wanted = [min(before, key=before.__getitem__)] if options.best else list(options.scales)
             if options.mean:
-                asked = mean_scale({s: loss for s, loss in before.items() if s >= 1}, len(examples))
+                losses_at = {s: _loss(backbone, _times(mean, s), examples) for s in COMPARED}
+                asked = mean_scale(losses_at, len(examples))
                 blends[asked] = _times(mean, asked)
                 before[asked] = _loss(backbone, blends[asked], examples)
                 wanted.append(asked)
