@@ -87,7 +87,7 @@ def _backbone(suite: Suite, options: argparse.Namespace) -> Backbone:
 def _report(suite: Suite, options: argparse.Namespace) -> int:
     kept = options.figures / f"{suite.name}.parquet"
     found = gather(suite, Cells(options.work / "cells", kept).all(), options.environment)
-    print(keep(found, kept))
+    print(keep(found, kept, forget=options.forget))
     checked = options.figures / f"audit-{suite.name}.json"
     rows = json.loads(checked.read_text(encoding="utf-8")) if checked.is_file() else None
     page = options.page
@@ -149,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--budget", type=float, default=float("inf"), help="minutes; no cell is begun after them")
         if verb == "report":
             one.add_argument("--page", type=Path, default=PAGE)
+            one.add_argument(
+                "--forget", action="store_true", help="drop kept cells that do not belong to the suite as it is now"
+            )
             one.add_argument("--environment", help="which cells, where there are several environments (default: most)")
     return parser
 

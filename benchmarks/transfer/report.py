@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -12,7 +13,7 @@ from typing import Any
 
 from benchmarks.plots import signed
 from benchmarks.transfer.arms import ARMS
-from benchmarks.transfer.cells import REVISION, digest, write_parquet
+from benchmarks.transfer.cells import REVISION, digest, read_parquet, write_parquet
 from benchmarks.transfer.intervals import Difference, Values, paired_difference, upper_bounds
 from benchmarks.transfer.suites import Suite
 from pituning.errors import PituningError
@@ -59,24 +60,21 @@ class Found:
 
     Attributes:
         others: cells of the suite in other environments, which are left out, by environment.
+        outdated: cells of another revision, other settings or an arm's earlier defaults, which are left out.
     """
 
     suite: Suite
     cells: tuple[Cell, ...]
     environment: str
     others: Mapping[str, Sequence[Cell]]
+    outdated: tuple[Cell, ...] = ()
 
     def missing(self) -> list[tuple[str, str, int, int]]:
         """(arm, task, shots, seed) of the suite that have no cell."""
         there = {(c["arm"], c["task"], c["shots"], c["seed"]) for c in self.cells}
-        wanted = [
-            (arm, task, shots, seed)
-            for arm in self.suite.arms
-            for task in self.suite.targets
-            for shots in self.suite.shots
-            for seed in self.suite.seeds
-        ]
-        return [key for key in wanted if key not in there]
+        suite = self.suite
+        places = [list(axis) for axis in (suite.arms, suite.targets, suite.shots, suite.seeds)]
+        return sorted(suite.plan() - there, key=lambda key: [a.index(k) for a, k in zip(places, key, strict=True)])
 
     def values(self, arm: str, shots: int) -> Values:
         """target → seed → value, in points."""
@@ -104,6 +102,7 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
     settings = json.loads(json.dumps(suite.settings()))
     wanted = {arm: json.loads(json.dumps(ARMS[arm].identity())) for arm in suite.arms}
     by_environment: dict[str, list[Cell]] = {}
+    outdated: list[Cell] = []
     for cell in cells:
         common, own = cell["identity"]["common"], cell["identity"]["cell"]
         fits = (
@@ -114,6 +113,8 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
         )
         if fits and common["settings"] == settings and wanted.get(own["arm"]["name"]) == own["arm"]:
             by_environment.setdefault(digest(common), []).append(cell)
+        else:
+            outdated.append(cell)
     if environment is None:
         environment = max(by_environment, key=lambda e: (len(by_environment[e]), e), default="")
     elif environment not in by_environment:
@@ -128,11 +129,26 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
                 f"two cells are {'/'.join(map(str, key))}, of different data: remove the older from {environment}"
             )
         seen.add(key)
-    return Found(suite, tuple(chosen), environment, by_environment)
+    return Found(suite, tuple(chosen), environment, by_environment, tuple(outdated))
 
 
-def keep(found: Found, path: Path) -> Path:
-    """Write the cells of all environments to a Parquet file; see :func:`benchmarks.transfer.cells.write_parquet`."""
+def keep(found: Found, path: Path, *, forget: bool = False) -> Path:
+    """Write the cells of all environments to a Parquet file; see :func:`benchmarks.transfer.cells.write_parquet`.
+
+    Args:
+        forget: drop cells of the file that are outdated.
+
+    Raises:
+        PituningError: if there are such cells and they are not to be forgotten; the file is as it was then.
+    """
+    there = {digest(cell["identity"]) for cell in (read_parquet(path) if path.is_file() else ())}
+    lost = Counter(str(cell["arm"]) for cell in found.outdated if digest(cell["identity"]) in there)
+    if lost and not forget:
+        each = ", ".join(f"{arm} {count}" for arm, count in sorted(lost.items()))
+        raise PituningError(
+            f"{path} has {sum(lost.values())} cells that do not belong to suite {found.suite.name!r} as it is now, of another "
+            f"revision, other settings or an arm's earlier defaults: {each}; `--forget` drops them"
+        )
 
     def more(cell: Cell) -> dict[str, str]:
         role = found.suite.role(cell["task"])
@@ -156,8 +172,8 @@ def block(
         pictures: paths of the pictures by shots, as the page links them.
     """
     suite, missing = found.suite, found.missing()
-    total = len(suite.arms) * len(suite.targets) * len(suite.shots) * len(suite.seeds)
-    lines = [f"{suite.title}; {len(suite.seeds)} seeds; at most {suite.test_limit} test examples.", ""]
+    total = len(suite.plan())
+    lines = [f"{suite.title}; {len(suite.seeds)} seeds{_fewer(suite)}; at most {suite.test_limit} test examples.", ""]
     if not found.cells:
         lines += [f"**Nothing has been measured yet:** 0 of {total:,} cells.", "", f"`{commands.run()}`", ""]
         return "\n".join([*lines, *_audit_lines(suite, audit, commands)])
@@ -188,11 +204,24 @@ def differences(found: Found, rival: str, shots: int, targets: Sequence[str]) ->
     return {arm: difference for arm, difference in pairs.items() if difference is not None}
 
 
+def _fewer(suite: Suite) -> str:
+    """Which arms have fewer seeds, and what is measured on development targets."""
+    counts: dict[int, list[str]] = {}
+    for arm in suite.arms:
+        if (count := suite.fewer_seeds.get(arm, len(suite.seeds))) < len(suite.seeds):
+            counts.setdefault(count, []).append(f"`{arm}`")
+    texts = [f"{count} of {', '.join(arms)}" for count, arms in sorted(counts.items(), reverse=True)]
+    if suite.development and suite.on_development is not None:
+        here = ", ".join(f"`{arm}`" for arm in suite.on_development)
+        texts.append(f"on development targets one of {here}" if here else "nothing on development targets")
+    return f" ({'; '.join(texts)})" if texts else ""
+
+
 def _missing_lines(suite: Suite, missing: Sequence[tuple[str, str, int, int]]) -> list[str]:
     """Which cells there are not, arm by arm; what is missing altogether in a word."""
     lines: list[str] = []
-    each = len(suite.targets) * len(suite.shots) * len(suite.seeds)
-    wholly = [arm for arm in suite.arms if sum(key[0] == arm for key in missing) == each]
+    each, lacking = Counter(arm for arm, *_ in suite.plan()), Counter(arm for arm, *_ in missing)
+    wholly = [arm for arm in suite.arms if lacking[arm] == each[arm] > 0]
     if wholly:
         lines.append(f"- all cells of {', '.join(f'`{arm}`' for arm in wholly)}")
     several, alike = len(suite.shots) > 1, dict[str, list[str]]()
@@ -270,7 +299,6 @@ def _shots_lines(found: Found, shots: int, pictures: Sequence[str], commands: Co
 
 def _overall(found: Found, shots: int) -> list[str]:
     suite = found.suite
-    expected = len(suite.report) * len(suite.seeds)
     against = {rival: differences(found, rival, shots, suite.report) for rival in RIVALS}
     lines = [
         "| arm | mean | − own-extra | − nearest-tuned | worst target | won | s | cells |",
@@ -288,7 +316,8 @@ def _overall(found: Found, shots: int) -> list[str]:
         against_rivals = " | ".join(shown(against[rival].get(arm)) for rival in RIVALS)
         label = f"{ARMS[arm].label} (`{arm}`)"
         seconds = statistics.fmean(c["seconds"] for c in cells)
-        count = str(len(cells)) if len(cells) == expected else f"**{len(cells)} of {expected}**"
+        expected = sum(len(suite.seeds_of(arm, task)) for task in suite.report)
+        count = str(len(cells)) if len(cells) >= expected else f"**{len(cells)} of {expected}**"
         lines.append(f"| {label} | {mean:.1f} | {against_rivals} | {worst} | {won} | {seconds:.0f} | {count} |")
     return lines
 

@@ -44,6 +44,7 @@ class Part:
         """(arm, task, shots, seed) in the order of computing, so that a run that is broken off has whole pairs.
 
         Ablations are last. Of the others, one seed comes after the other, and of each seed the arms in :data:`FIRST` first.
+        What the suite does not plan is computed where arm, task and seed are all named.
 
         Raises:
             UnknownNameError: for an arm, a task or a seed that the suite does not have.
@@ -57,6 +58,8 @@ class Part:
         tasks = suite.targets if self.tasks is None else suite.chosen_targets(self.tasks)
         arms = [a for a in suite.arms if self.arms is None or a in self.arms]
         seeds = suite.seeds if self.seeds is None else self.seeds
+        named = None not in (self.tasks, self.arms, self.seeds)
+        planned = suite.plan()
         return [
             (arm, task, shots, seed)
             for late in (False, True)
@@ -66,6 +69,7 @@ class Part:
             for task in tasks
             for arm in arms
             if (arm in ABLATIONS) is late and (arm in FIRST) is first
+            if named or (arm, task, shots, seed) in planned
         ]
 
 

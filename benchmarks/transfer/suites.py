@@ -3,16 +3,15 @@
 The rule of the split. A *development* target is one on which a default of this project was, or may be, chosen; a *report*
 target is one on which none was: it is run once, and the means of a table are over these alone. Development targets among the
 language tasks are sst2 and cr (the search grid and the selection rules, docs/benchmarks.md) and those on which
-benchmarks/predict.py chooses the default similarity. Of `nano`, in the order of their
-names, every other one is for development. All seven of `table1` are for the report, and of `table1-long`: what defaults were
-chosen on were other draws of three of them (seed 0 before `table1`, seeds 0 to 3 before `table1-long`). A task on which a
-default comes to be chosen is a development target of both from then on.
+benchmarks/predict.py chooses the default similarity. All seven of `table1` are for the report, and of `table1-long`: what
+defaults were chosen on were other draws of three of them (seed 0 before `table1`, seeds 0 to 3 before `table1-long`). A task
+on which a default comes to be chosen is a development target from then on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from benchmarks.transfer.drawings import DRAWINGS
@@ -35,6 +34,10 @@ ABLATIONS = (
 
 OTHER_METHODS = ("own-lora", "own-prefix", "own-bitfit")
 """The own expert of a method that the suite's other experts are not of."""
+
+CONTROLS = ("multitask-tuned", "pi-random", "pi-dissimilar", "pi-noise", "full")
+"""What tells explanations apart, and costs more than it tells on every seed: training on the three nearest tasks' rows anew
+takes as long as their three experts did."""
 
 FIRST = ("own", "own-extra", "nearest-tuned", "soup-tuned", "pi")
 """What a run computes first of each seed, so that one which is broken off has whole pairs of these."""
@@ -84,6 +87,8 @@ class Suite:
             per class as fit, and at least one. ``without_classes`` has no meaning then.
         seeds: of draw, folds and training order alike.
         arms: names of :data:`benchmarks.transfer.arms.ARMS`.
+        fewer_seeds: arm → on how many of the seeds it is measured, the first ones, where these are not all.
+        on_development: arms that are measured on development targets, on the first seed; ``None`` is every arm on its seeds.
         test_limit: at most so many test examples, a fixed sample.
         source_rows, source_training: what every source expert is trained on, and how.
         texts_tell: whether near-duplicate texts are leaks: leaked rows are then left out of the sources' training. Texts about
@@ -104,6 +109,8 @@ class Suite:
     examples_in_all: bool = False
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     arms: tuple[str, ...] = MAIN
+    fewer_seeds: Mapping[str, int] = field(default_factory=dict)
+    on_development: tuple[str, ...] | None = None
     test_limit: int = 500
     source_rows: int = 3000
     source_training: TrainSettings = SOURCE_TRAINING
@@ -133,6 +140,23 @@ class Suite:
         values = asdict(self)
         return {name: values[name] for name in names}
 
+    def seeds_of(self, arm: str, task: str) -> tuple[int, ...]:
+        """The seeds on which an arm is measured for a target."""
+        seeds = self.seeds[: self.fewer_seeds.get(arm, len(self.seeds))]
+        if self.on_development is None or task in self.report:
+            return seeds
+        return seeds[:1] if arm in self.on_development else ()
+
+    def plan(self) -> set[tuple[str, str, int, int]]:
+        """(arm, task, shots, seed) of every cell."""
+        return {
+            (arm, task, shots, seed)
+            for arm in self.arms
+            for task in self.targets
+            for shots in self.shots
+            for seed in self.seeds_of(arm, task)
+        }
+
     def role(self, task: str) -> str:
         """``"development"`` or ``"report"``."""
         return "development" if task in self.development else "report"
@@ -155,6 +179,9 @@ class Suite:
         return tuple(t for t in self.targets if t in chosen)
 
 
+COMPARED = ("zero-shot", *FIRST, "nearest", "soup")
+"""The main arms: experts as they are and tuned, against none and the own one."""
+
 _CORE = Suite(
     "core",
     "MiniLM, LoRA, 16 shots per class, twelve language tasks",
@@ -165,6 +192,8 @@ _CORE = Suite(
     seeds=(5, 6, 7, 8, 9),  # seeds 0 to 4 were measured with sources that were hardly trained
     # for LoRA, whose two factors share a weight, weights per tensor are weights per module
     arms=(*MAIN, *(a for a in ABLATIONS if a != "pi-tensor")),
+    fewer_seeds={**dict.fromkeys(CONTROLS, 3), **dict.fromkeys(("pi-oracle", *ABLATIONS), 1)},
+    on_development=COMPARED,
 )
 
 _TABLE1 = Suite(
@@ -202,12 +231,15 @@ SUITES: Mapping[str, Suite] = {
         _CORE,
         Suite(
             "shots",
-            "MiniLM, LoRA, 4 and 64 shots per class, twelve language tasks",
+            "MiniLM, LoRA, 4 and 64 shots per class, six language tasks",
             "minilm",
             _CORE.development,
             _CORE.report,
             _CORE.sources,
             shots=(4, 64),
+            seeds=_CORE.seeds[:3],
+            arms=COMPARED,
+            on_development=(),
         ),
         Suite(
             "t5",
@@ -216,27 +248,17 @@ SUITES: Mapping[str, Suite] = {
             ("cr", "subj"),
             ("mrpc", "trec6"),
             _CORE.sources,
-        ),
-        Suite(
-            "nano",
-            "a small OFA, bottleneck adapters, emoji scenes",
-            "ofa-nano",
-            EMOJI[::2],
-            EMOJI[1::2],
-            EMOJI,
-            method="bottleneck",
-            without_classes=8,
-            arms=(*MAIN, *ABLATIONS),
-            source_rows=MADE_ROWS,
-            source_training=MILD_TRAINING,
-            texts_tell=False,
+            seeds=(0, 1, 2),
+            arms=COMPARED,
         ),
         replace(
             _CORE,
             name="mild",
             title="`core` with sources that were hardly trained: 1,000 rows, two epochs",
             seeds=(0, 1, 2, 3, 4),
-            arms=("zero-shot", *FIRST, "nearest", "soup"),
+            arms=COMPARED,
+            fewer_seeds={},
+            on_development=(),
             source_rows=1000,
             source_training=MILD_TRAINING,
         ),
@@ -255,7 +277,7 @@ SUITES: Mapping[str, Suite] = {
             title="A small OFA, bottleneck adapters, 64 examples in all, NLVR and easy-VQA",
             report=DRAWINGS,
             sources=(*EMOJI, *DRAWINGS),
-            arms=MAIN,
+            arms=COMPARED,
         ),
     )
 }

@@ -56,6 +56,8 @@ TINY = replace(
     without_classes=1,
     seeds=(0, 1),
     arms=(*MAIN, *ABLATIONS),
+    fewer_seeds={},
+    on_development=None,
     test_limit=9,
     source_rows=8,
     source_training=TrainSettings(learning_rate=1e-2, steps=2, epochs=1.0, batch_size=4),
@@ -173,8 +175,7 @@ def test_the_split_into_development_and_report_targets_is_fixed() -> None:
     assert core.report == ("cola", "movie_reviews", "mrpc", "qnli", "trec6", "tweet_sentiment")
     assert (SUITES["shots"].development, SUITES["shots"].report) == (core.development, core.report)
     assert (SUITES["t5"].development, SUITES["t5"].report) == (("cr", "subj"), ("mrpc", "trec6"))
-    emoji = [f"{n}-small" for n in ("emoji-count", "emoji-group", "emoji-style", "refemoji", "refemojig")]
-    assert sorted(SUITES["nano"].report) == emoji
+    assert set(SUITES["drawings"].report) == {"nlvr", "easy_vqa"}
 
 
 def test_no_report_target_is_one_that_defaults_are_chosen_on() -> None:
@@ -527,6 +528,33 @@ def test_main_arms_come_before_ablations_and_seed_by_seed() -> None:
     assert {cell[1] for cell in Part(tasks=("report",)).wanted(SUITES["core"])} == set(SUITES["core"].report)
 
 
+def test_a_suite_may_plan_fewer_seeds_of_an_arm_and_few_arms_on_development_targets() -> None:
+    fewer = replace(TINY, arms=("own", "pi", "pi-k1"), fewer_seeds={"pi-k1": 1}, on_development=("own",))
+    assert fewer.plan() == {
+        *(("own", "sst2", 4, s) for s in (0, 1)), *(("pi", "sst2", 4, s) for s in (0, 1)),
+        ("pi-k1", "sst2", 4, 0), ("own", "cr", 4, 0),
+    }  # fmt: skip
+    assert set(Part().wanted(fewer)) == fewer.plan()
+    assert Part(arms=("pi-k1",)).wanted(fewer) == [("pi-k1", "sst2", 4, 0)]
+    assert Part(arms=("pi-k1",), tasks=("cr",)).wanted(fewer) == []
+    outside = Part(arms=("pi-k1",), tasks=("cr",), seeds=(1,)).wanted(fewer)
+    assert outside == [("pi-k1", "cr", 4, 1)], "named whole, it is computed"
+
+
+def test_what_a_suite_does_not_plan_is_not_missing(figures: list[dict[str, Any]]) -> None:
+    fewer = replace(SMALL, fewer_seeds={"pi": 1}, on_development=("pi",))
+    planned = [c for c in figures if (c["arm"], c["task"], c["shots"], c["seed"]) in fewer.plan()]
+    assert len(planned) == 2 * 2 * 2 + 2 + 1
+    text = block(gather(fewer, planned), [], COMMANDS, {})
+    assert "Complete: all 11 cells." in text
+    assert "2 seeds (1 of `pi`; on development targets one of `pi`); at most" in text
+    assert row_of(text, "π as shipped (`pi`)")[-1] == "2"
+    more = block(gather(fewer, figures), [], COMMANDS, {})
+    assert row_of(more, "π as shipped (`pi`)")[-1] == "4", "cells beyond the plan are shown"
+    less = block(gather(fewer, planned[1:]), [], COMMANDS, {})
+    assert "**Partial: 10 of 11 cells.**" in less
+
+
 def test_of_each_seed_the_arms_that_are_compared_first_come_first() -> None:
     part = Part(arms=("zero-shot", "pi", "own-extra"), tasks=("sst2", "cr"))
     wanted = [(arm, task, seed) for arm, task, _, seed in part.wanted(TINY)]
@@ -612,6 +640,8 @@ SMALL = replace(
     report=("mrpc", "trec6"),
     seeds=(0, 1),
     arms=("own-extra", "nearest-tuned", "pi"),
+    fewer_seeds={},
+    on_development=None,
 )
 FIGURES = {
     ("own-extra", "mrpc"): (0.50, 0.60),
@@ -745,6 +775,23 @@ def test_the_parquet_file_has_one_row_for_each_cell(figures: list[dict[str, Any]
     assert {r["role"] for r in rows if r["task"] == "cr"} == {"development"}
     assert sorted(map(whole, figures)) == sorted(map(whole, read_parquet(path)))
     assert pq.read_table(keep(gather(SMALL, []), tmp_path / "none.parquet")).num_rows == 0
+
+
+def test_kept_cells_that_are_outdated_are_not_dropped_without_a_word(
+    figures: list[dict[str, Any]], tmp_path: Path, message: Callable[..., str]
+) -> None:
+    path = keep(gather(SMALL, figures), tmp_path / "core.parquet")
+    before = path.read_bytes()
+    moved = replace(SMALL, source_rows=7)
+    found = gather(moved, read_parquet(path))
+    assert (len(found.cells), len(found.outdated)) == (0, 18)
+    said = message(keep, found, path)
+    assert "18 cells" in said
+    assert "nearest-tuned 6, own-extra 6, pi 6" in said
+    assert path.read_bytes() == before
+    keep(gather(SMALL, [*read_parquet(path), cell("pi", "mrpc", 0, 0.0, moved)]), path)  # not of the file
+    keep(found, path, forget=True)
+    assert read_parquet(path) == []
 
 
 def whole(cell: Mapping[str, Any]) -> str:
