@@ -28,10 +28,14 @@ class Row:
 def heat_map(
     values: npt.NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], *, label: str, title: str
 ) -> Any:
-    """A figure of differences ``[rows, columns]`` around zero, each written into its field; NaN leaves one empty."""
+    """A figure of differences ``[rows, columns]`` around zero, each written into its field; NaN leaves one empty.
+
+    The colours end at what nine of ten differences are within: a single huge one does not bleach the others.
+    """
     from matplotlib.colors import LinearSegmentedColormap
 
-    reach = max(float(np.nanmax(np.abs(values))), 0.1)
+    reach = max(float(np.nanquantile(np.abs(values), 0.9)), 0.1)
+    beyond = float(np.nanmax(np.abs(values))) > reach
     figure, axis = new_figure(1.6 + 0.42 * len(columns), 0.9 + 0.32 * len(rows))
     drawn = axis.pcolormesh(
         np.ma.masked_invalid(values),
@@ -49,7 +53,7 @@ def heat_map(
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.invert_yaxis()
-    bar = figure.colorbar(drawn, ax=axis, fraction=0.03, pad=0.02, label=label)
+    bar = figure.colorbar(drawn, ax=axis, fraction=0.03, pad=0.02, label=label, extend="both" if beyond else "neither")
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, colors=FAINT)
     axis.set_title(title, loc="left", fontweight="bold", pad=10)
