@@ -60,21 +60,17 @@ class Found:
 
     Attributes:
         others: cells of the suite in other environments, which are left out, by environment.
-        outdated: cells of another revision, other settings or an arm's earlier defaults, which are left out.
     """
 
     suite: Suite
     cells: tuple[Cell, ...]
     environment: str
     others: Mapping[str, Sequence[Cell]]
-    outdated: tuple[Cell, ...] = ()
 
     def missing(self) -> list[tuple[str, str, int, int]]:
         """(arm, task, shots, seed) of the suite that have no cell."""
         there = {(c["arm"], c["task"], c["shots"], c["seed"]) for c in self.cells}
-        suite = self.suite
-        places = [list(axis) for axis in (suite.arms, suite.targets, suite.shots, suite.seeds)]
-        return sorted(suite.plan() - there, key=lambda key: [a.index(k) for a, k in zip(places, key, strict=True)])
+        return [key for key in self.suite.plan() if key not in there]
 
     def values(self, arm: str, shots: int) -> Values:
         """target → seed → value, in points."""
@@ -102,7 +98,6 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
     settings = json.loads(json.dumps(suite.settings()))
     wanted = {arm: json.loads(json.dumps(ARMS[arm].identity())) for arm in suite.arms}
     by_environment: dict[str, list[Cell]] = {}
-    outdated: list[Cell] = []
     for cell in cells:
         common, own = cell["identity"]["common"], cell["identity"]["cell"]
         fits = (
@@ -113,8 +108,6 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
         )
         if fits and common["settings"] == settings and wanted.get(own["arm"]["name"]) == own["arm"]:
             by_environment.setdefault(digest(common), []).append(cell)
-        else:
-            outdated.append(cell)
     if environment is None:
         environment = max(by_environment, key=lambda e: (len(by_environment[e]), e), default="")
     elif environment not in by_environment:
@@ -129,20 +122,22 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
                 f"two cells are {'/'.join(map(str, key))}, of different data: remove the older from {environment}"
             )
         seen.add(key)
-    return Found(suite, tuple(chosen), environment, by_environment, tuple(outdated))
+    return Found(suite, tuple(chosen), environment, by_environment)
 
 
 def keep(found: Found, path: Path, *, forget: bool = False) -> Path:
     """Write the cells of all environments to a Parquet file; see :func:`benchmarks.transfer.cells.write_parquet`.
 
     Args:
-        forget: drop cells of the file that are outdated.
+        forget: drop cells of the file that are not among these.
 
     Raises:
         PituningError: if there are such cells and they are not to be forgotten; the file is as it was then.
     """
-    there = {digest(cell["identity"]) for cell in (read_parquet(path) if path.is_file() else ())}
-    lost = Counter(str(cell["arm"]) for cell in found.outdated if digest(cell["identity"]) in there)
+    cells = [*found.cells, *chain.from_iterable(found.others.values())]
+    stay = {digest(cell["identity"]) for cell in cells}
+    before = read_parquet(path) if path.is_file() else []
+    lost = Counter(str(cell["arm"]) for cell in before if digest(cell["identity"]) not in stay)
     if lost and not forget:
         each = ", ".join(f"{arm} {count}" for arm, count in sorted(lost.items()))
         raise PituningError(
@@ -158,7 +153,7 @@ def keep(found: Found, path: Path, *, forget: bool = False) -> Path:
     def order(cell: Cell) -> tuple[Any, ...]:
         return digest(cell["identity"]["common"]), cell["shots"], cell["task"], cell["seed"], cell["arm"]
 
-    write_parquet(sorted(chain(found.cells, *found.others.values()), key=order), path, more)
+    write_parquet(sorted(cells, key=order), path, more)
     return path
 
 
@@ -208,7 +203,7 @@ def _fewer(suite: Suite) -> str:
     """Which arms have fewer seeds, and what is measured on development targets."""
     counts: dict[int, list[str]] = {}
     for arm in suite.arms:
-        if (count := suite.fewer_seeds.get(arm, len(suite.seeds))) < len(suite.seeds):
+        if (count := len(suite.seeds_of(arm, suite.report[0]))) < len(suite.seeds):
             counts.setdefault(count, []).append(f"`{arm}`")
     texts = [f"{count} of {', '.join(arms)}" for count, arms in sorted(counts.items(), reverse=True)]
     if suite.development and suite.on_development is not None:

@@ -59,7 +59,7 @@ class Part:
         arms = [a for a in suite.arms if self.arms is None or a in self.arms]
         seeds = suite.seeds if self.seeds is None else self.seeds
         named = None not in (self.tasks, self.arms, self.seeds)
-        planned = suite.plan()
+        planned = set(suite.plan())
         return [
             (arm, task, shots, seed)
             for late in (False, True)

@@ -147,15 +147,15 @@ class Suite:
             return seeds
         return seeds[:1] if arm in self.on_development else ()
 
-    def plan(self) -> set[tuple[str, str, int, int]]:
-        """(arm, task, shots, seed) of every cell."""
-        return {
+    def plan(self) -> list[tuple[str, str, int, int]]:
+        """(arm, task, shots, seed) of every cell, in the order of these."""
+        return [
             (arm, task, shots, seed)
             for arm in self.arms
             for task in self.targets
             for shots in self.shots
             for seed in self.seeds_of(arm, task)
-        }
+        ]
 
     def role(self, task: str) -> str:
         """``"development"`` or ``"report"``."""

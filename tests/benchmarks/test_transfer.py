@@ -530,11 +530,11 @@ def test_main_arms_come_before_ablations_and_seed_by_seed() -> None:
 
 def test_a_suite_may_plan_fewer_seeds_of_an_arm_and_few_arms_on_development_targets() -> None:
     fewer = replace(TINY, arms=("own", "pi", "pi-k1"), fewer_seeds={"pi-k1": 1}, on_development=("own",))
-    assert fewer.plan() == {
+    assert set(fewer.plan()) == {
         *(("own", "sst2", 4, s) for s in (0, 1)), *(("pi", "sst2", 4, s) for s in (0, 1)),
         ("pi-k1", "sst2", 4, 0), ("own", "cr", 4, 0),
     }  # fmt: skip
-    assert set(Part().wanted(fewer)) == fewer.plan()
+    assert sorted(Part().wanted(fewer)) == sorted(fewer.plan())
     assert Part(arms=("pi-k1",)).wanted(fewer) == [("pi-k1", "sst2", 4, 0)]
     assert Part(arms=("pi-k1",), tasks=("cr",)).wanted(fewer) == []
     outside = Part(arms=("pi-k1",), tasks=("cr",), seeds=(1,)).wanted(fewer)
@@ -784,7 +784,7 @@ def test_kept_cells_that_are_outdated_are_not_dropped_without_a_word(
     before = path.read_bytes()
     moved = replace(SMALL, source_rows=7)
     found = gather(moved, read_parquet(path))
-    assert (len(found.cells), len(found.outdated)) == (0, 18)
+    assert found.cells == ()
     said = message(keep, found, path)
     assert "18 cells" in said
     assert "nearest-tuned 6, own-extra 6, pi 6" in said
