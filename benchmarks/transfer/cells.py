@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pituning.errors import PituningError
 from pituning.example import Example
 from pituning.experiments.cells import write_json
 
@@ -142,9 +143,17 @@ def write_parquet(
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The cells of a file of :func:`write_parquet`."""
+    """The cells of a file of :func:`write_parquet`.
+
+    Raises:
+        PituningError: if it is not a whole Parquet file.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = [*_TEXTS, *_COUNTS, *_NUMBERS, *_LISTS, *_PLAIN]
-    rows = pq.read_table(path, columns=names).to_pylist()
+    try:
+        rows = pq.read_table(path, columns=names).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise PituningError(f"{path} cannot be read as the cells of a suite: {error}") from error
     return [{**row, **{k: json.loads(row[k]) for k in _PLAIN}} for row in rows]

@@ -794,6 +794,13 @@ def test_kept_cells_that_are_outdated_are_not_dropped_without_a_word(
     assert read_parquet(path) == []
 
 
+def test_a_broken_parquet_file_is_named_and_left(tmp_path: Path, message: Callable[..., str]) -> None:
+    path = tmp_path / "core.parquet"
+    path.write_text("nonsense")
+    assert "core.parquet cannot be read" in message(read_parquet, path)
+    assert path.read_text() == "nonsense"
+
+
 def whole(cell: Mapping[str, Any]) -> str:
     return json.dumps(cell, sort_keys=True)
 
