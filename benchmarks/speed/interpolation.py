@@ -88,9 +88,8 @@ def measure(method: str, repeats: int, experts: int, batch: int, tokens: int, th
     times = {name: {part: [e[part] for e in elapsed] for part in elapsed[0]} for name, elapsed in found.items()}
     report: dict[str, Any] = {"baseline_seconds": {p: statistics.median(v) for p, v in times["baseline"].items()}}
     for name, train in modes.items():
-        held = _held(built, train) / _bytes(built.initial.values())
-        report[f"{name} memory, experts"] = held
-        print(f"{method:<11}{name:<14}{'memory':<18}{held:5.2f} experts", file=sys.stderr)
+        report[f"{name} memory, experts"] = memory = held(built, train)
+        print(f"{method:<11}{name:<14}{'memory':<18}{memory:5.2f} experts", file=sys.stderr)
         report[name] = {part: ratio(times[name][part], times["baseline"][part]) for part in times[name]}
         for part, (median, low, high) in report[name].items():
             print(f"{method:<11}{name:<14}{part:<18}{median:5.2f}x  [{low:.2f}, {high:.2f}]", file=sys.stderr)
@@ -134,8 +133,8 @@ def step_seconds(
     return elapsed
 
 
-def _held(built: Built, train: str) -> int:
-    """Bytes that belong to a mixture after one step."""
+def held(built: Built, train: str) -> float:
+    """What belongs to a mixture after one step, in units of one expert's tensors."""
     mixture, config = build_mixture(built.pool, train=train, initial=dict(built.initial))
     with running(built.backbone, mixture, config) as model:
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -144,7 +143,7 @@ def _held(built: Built, train: str) -> int:
         optimizer.step()
         state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        return _bytes([*mixture.parameters(), *mixture.buffers(), *gradients, *state])
+        return _bytes([*mixture.parameters(), *mixture.buffers(), *gradients, *state]) / _bytes(built.initial.values())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -21,7 +21,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from torch import Tensor
 if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.speed.measuring import NotApplicableError, Sample, Setting, peak_mb
+from benchmarks.speed.measuring import NotApplicableError, Sample, Setting, in_process, interleaved, peak_mb, seconds
 from benchmarks.speed.models import random_expert
 from benchmarks.speed.reference import PROBE_OF_REFERENCE, REFERENCE, SHOWN, Case, case_name, recorded
 from pituning.backbones.base import Backbone, Batch
@@ -41,7 +42,7 @@ from pituning.backbones.ofa.configuration import OFAConfig
 from pituning.backbones.ofa.generation import BeamSettings, beam_search
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.example import Example
-from pituning.experts import ExpertCard
+from pituning.experts import Expert, ExpertCard
 from pituning.interpolation import build_mixture
 from pituning.interpolation.collapse import collapse
 from pituning.methods import attached, config_dict, initial_tensors, make_config
@@ -55,6 +56,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"r": 16, "lora_alpha": 1}),
     "prefix": ("prefix", {"length": 100}),
 }
+MANY = 8
+"""Experts, against one of them."""
+QUICK = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2}
 
 
 class FixedBatch(Backbone):
@@ -98,18 +102,13 @@ class FixedBatch(Backbone):
 
 def child(size: str, mode: str, method: str, experts: int, batch: int, repeats: int) -> dict[str, Any]:
     """Measure one case in this process."""
-    torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
-    rates = {"encoder_drop_path_rate": 0.2, "decoder_drop_path_rate": 0.2}
-    backbone = FixedBatch(OFAForConditionalGeneration(OFAConfig.of_size(size, **rates)), batch)
+    backbone = sized(size, batch)
     parameters = sum(p.numel() for p in backbone.model.parameters())
     if method == "full":
         backbone.model.requires_grad_(True)
         times = _repeat(_full_step(backbone, mode), repeats)
         return _result(times, parameters, parameters)
-    name, options = METHODS[method]
-    config = config_dict(make_config(name, backbone, **options))
-    pool = [random_expert(initial_tensors(backbone, config), config, seed) for seed in range(experts)]
+    pool = random_pool(backbone, method, experts)
     trained = sum(t.numel() for e in pool for t in e.tensors.values())
     if mode == "fisher":
         examples = [Example(str(i), ("",), "", "the labels of FixedBatch") for i in range(batch)]
@@ -119,13 +118,36 @@ def child(size: str, mode: str, method: str, experts: int, batch: int, repeats: 
             for n in (1, 1 + MORE_BATCHES)
         )
         return _result([(m - f) / MORE_BATCHES for f, m in zip(few, many, strict=True)], parameters, trained)
-    mixture, carried = build_mixture(pool, train="experts")
-    pool.clear()  # the mixture has copies of its own
     if mode == "beam":
-        expert = collapse(mixture, carried, ExpertCard("mixed")).expert
+        expert = collapse(*build_mixture(pool, train="experts"), ExpertCard("mixed")).expert
+        pool.clear()
         with attached(backbone, expert.config, expert.tensors):
             return _result(_repeat(_full_step(backbone, mode), repeats), parameters, trained)
-    with running(backbone, mixture, carried) as model:
+    with mixture_step(backbone, pool) as step:
+        pool.clear()  # the mixture has copies of its own
+        return _result(_repeat(step, repeats), parameters, trained)
+
+
+def sized(size: str, batch: int, quick: bool = False) -> FixedBatch:
+    """OFA of a published size with random weights and the reference's rates of drop-path; tiny in every way if ``quick``."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    rates = {"encoder_drop_path_rate": 0.2, "decoder_drop_path_rate": 0.2}
+    config = OFAConfig.of_size(size, **rates, **(QUICK if quick else {}))
+    return FixedBatch(OFAForConditionalGeneration(config), batch, side=64 if quick else 256)
+
+
+def random_pool(backbone: FixedBatch, method: str, experts: int) -> list[Expert]:
+    """Random experts of a method at the reference's sizes."""
+    name, options = METHODS[method]
+    config = config_dict(make_config(name, backbone, **options))
+    return [random_expert(initial_tensors(backbone, config), config, seed) for seed in range(experts)]
+
+
+@contextmanager
+def mixture_step(backbone: FixedBatch, pool: Sequence[Expert]) -> Iterator[Callable[[], None]]:
+    """One forward and backward of a mixture in whose training all its experts change."""
+    with running(backbone, *build_mixture(pool, train="experts")) as model:
         backbone.model.train()
         model.train()
 
@@ -133,7 +155,7 @@ def child(size: str, mode: str, method: str, experts: int, batch: int, repeats: 
             model.zero_grad()
             model().sum().backward()
 
-        return _result(_repeat(step, repeats), parameters, trained)
+        yield step
 
 
 def _full_step(backbone: FixedBatch, mode: str) -> Callable[[], object]:
@@ -220,6 +242,49 @@ def against_reference(setting: Setting) -> dict[str, Sample]:
             )
             samples[f"{row['case']}, peak"] = Sample.once(row["peak_mb"])
     return samples
+
+
+def more_experts(setting: Setting) -> dict[str, Sample]:
+    """Eight experts against one: seconds in turn in one process, and by how much the peak of a process grows."""
+    samples = {}
+    for size in setting.pick(("tiny", "base"), ("tiny",)):
+        for method in ("adapter", "lora"):
+            name = f"{size} {method}, K={MANY}"
+            arguments = (size, method, setting.pick(20, 1), setting.quick)
+            times = in_process("ofa:in_turn", *arguments, threads=THREADS)
+            samples[f"{name} / K=1"] = Sample.ratio(times[str(MANY)], times["1"])
+            (one, alone), (many, all_of_them) = (
+                in_process("ofa:peak", size, method, experts, setting.quick, threads=THREADS) for experts in (1, MANY)
+            )
+            own = 2 * (all_of_them - alone)  # parameters and their gradients
+            samples[f"{name}, growth"] = Sample.once(many - one)
+            samples[f"{name}, growth / parameters and gradients"] = Sample.once((many - one) / own)
+    return samples
+
+
+def in_turn(size: str, method: str, repeats: int, quick: bool = False) -> dict[str, list[float]]:
+    """Seconds of forward and backward with one expert and with :data:`MANY`, each after one that is not timed."""
+    backbone = sized(size, batch=2, quick=quick)
+    pool = random_pool(backbone, method, MANY)
+
+    def timed(experts: int) -> float:
+        with mixture_step(backbone, pool[:experts]) as step:
+            step()
+            return seconds(step)
+
+    return interleaved({str(n): partial(timed, n) for n in (1, MANY)}, repeats)
+
+
+def peak(size: str, method: str, experts: int, quick: bool = False) -> tuple[float, float]:
+    """Peak megabytes of this process after three times forward and backward, and those of the experts' tensors."""
+    backbone = sized(size, batch=2, quick=quick)
+    pool = random_pool(backbone, method, experts)
+    own = sum(t.numel() * t.element_size() for e in pool for t in e.tensors.values()) / 2**20
+    with mixture_step(backbone, pool) as step:
+        pool.clear()
+        for _ in range(3):
+            step()
+    return peak_mb(), own
 
 
 def compared(size: str, case: Case, repeats: int, probe: Path) -> dict[str, Any]:

@@ -37,11 +37,18 @@ REFERENCE: dict[Case, tuple[float, int, float, int]] = {
 }
 
 SHOWN: tuple[Case, ...] = (
+    ("train", "full", 1, 2),
     ("train", "adapter", 1, 2),
     ("train", "adapter", 4, 2),
+    ("train", "lora", 1, 2),
     ("train", "lora", 4, 2),
+    ("train", "prefix", 1, 2),
     ("fisher", "adapter", 1, 2),
+    ("beam", "full", 1, 2),
+    ("beam", "adapter", 1, 2),
     ("beam", "adapter", 4, 2),
+    ("beam", "lora", 1, 2),
+    ("beam", "prefix", 1, 2),
 )
 """The cases of the speed page; `ofa.py` has them all."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.speed.reference import PROBE_OF_REFERENCE, SHOWN, case_name, recorded
+from benchmarks.speed.reference import PROBE_OF_REFERENCE, SHOWN, Case, case_name, recorded
 from pituning.errors import unknown_name
 
 Sign = Literal["≤", "<", "≥", ">"]
@@ -100,16 +100,46 @@ def _diagonal(rows: Mapping[str, tuple[str, str, str, str]]) -> tuple[Figure, ..
     )
 
 
+def _bar_against_reference(case: Case) -> Bar | None:
+    """Training one expert at the reference's speed, searching at one and a half times it."""
+    mode, _, experts, _ = case
+    if mode == "beam":
+        return Bar("≤", 0.667)
+    return Bar("≤", 1) if mode == "train" and experts == 1 else None
+
+
 def _reference() -> tuple[Figure, ...]:
     figures = []
     for size in ("tiny", "base"):
         for case in SHOWN:
             name, (seconds, peak) = case_name(size, case), recorded(size, case)
+            recorded_time = f"{seconds:.3f} s, probe {PROBE_OF_REFERENCE} s"
             figures += [
-                Figure(f"{name}, time / reference", "×", recorded=f"{seconds:.3f} s, probe {PROBE_OF_REFERENCE} s"),
+                Figure(f"{name}, time / reference", "×", _bar_against_reference(case), recorded_time),
                 Figure(f"{name}, peak", "MB", recorded=f"{peak} MB"),
             ]
     return tuple(figures)
+
+
+def _more_of_ofa(size: str, method: str) -> Iterator[Figure]:
+    """Eight experts of OFA against one; recorded is the reference's."""
+    (one, peak), (many, higher) = (recorded(size, ("train", method, experts, 2)) for experts in (1, 8))
+    yield Figure(f"{size} {method}, K=8 / K=1", "×", Bar("≤", 1.25), f"{many / one:.2f}")
+    yield Figure(f"{size} {method}, K=8, growth", "MB", recorded=f"{higher - peak:,}")
+    yield Figure(f"{size} {method}, K=8, growth / parameters and gradients", "×", Bar("≤", 1.2))
+
+
+def _many(method: str) -> Iterator[Figure]:
+    """Eight and sixteen experts against one."""
+    before = {"LoRA": ("1.15", "1.11"), "bottleneck": ("1.07", "1.09")}[method]
+    both_ways = "forward and backward / one expert"
+    yield Figure(f"{method}, K=8, shared, {both_ways}", "×", Bar("≤", 1.25))
+    yield Figure(f"{method}, K=8, shared, whole step / one expert", "×", Bar("≤", 1.15))
+    yield Figure(f"{method}, K=8, π, whole step / one expert", "×")
+    for kind, median in zip(("shared", "weights"), before, strict=True):
+        yield Figure(f"{method}, K=16, {kind}, {both_ways}", "×", Bar("≤", 1.25), median)
+    for kind in ("shared", "weights"):
+        yield Figure(f"{method}, K=16, {kind}, held / K + 4 experts", "×", Bar("≤", 1.1))
 
 
 _BENCHMARKS = "[benchmarks.md](benchmarks.md)"
@@ -133,6 +163,16 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         ),
         BOTH,
         f"K = 16, one thread, the other core busy: {_BENCHMARKS}",
+    ),
+    Measurement(
+        "many-experts",
+        "The same of eight and of sixteen experts against one. *Shared* is K frozen experts with one trained change, *weights* "
+        "K frozen experts with trained weights, *π* all trained. *Held* is what belongs to the experts after a step, gradients "
+        "and AdamW's state included, over K + 4 experts: K frozen, and one that is trained with its gradient and two moments",
+        "steps:many",
+        tuple(figure for method in ("LoRA", "bottleneck") for figure in _many(method)),
+        BOTH,
+        f"K = 16, forward and backward, one thread, the other core busy: {_BENCHMARKS}",
     ),
     Measurement(
         "step-memory",
@@ -220,7 +260,7 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         (
             Figure("exactly, seconds", "s"),
             Figure("exactly, relative error", "", Bar("≤", 1e-5)),
-            Figure("to one expert's rank, seconds", "s", recorded="0.15 s"),
+            Figure("to one expert's rank, seconds", "s", Bar("<", 2), "0.15 s"),
             Figure("to one expert's rank, |reported − true error|", ""),
         ),
         source=f"One thread: {_BENCHMARKS}",
@@ -311,6 +351,14 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         "ofa:against_reference",
         _reference(),
         source=f"The original's, and all cases: {_BENCHMARKS}",
+    ),
+    Measurement(
+        "ofa-experts",
+        "Eight experts of OFA against one at the shapes of `ofa-reference`, all trained: forward and backward in turn in one "
+        "process, and by how much the peak of a process grows, also over parameters and gradients of the seven more",
+        "ofa:more_experts",
+        tuple(f for size in ("tiny", "base") for method in ("adapter", "lora") for f in _more_of_ofa(size, method)),
+        source=f"The original's, on its machine: {_BENCHMARKS}",
     ),
     Measurement(
         "matmul",

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.speed.interpolation import Built, build, step_seconds, timed, trainable
+from benchmarks.speed.interpolation import Built, build, held, step_seconds, timed, trainable
 from benchmarks.speed.measuring import Sample, Setting, in_process, interleaved, peak_mb
 from pituning.backbones.encoder import TEMPERATURE
 from pituning.interpolation import build_mixture
@@ -58,6 +59,35 @@ def steps(setting: Setting) -> dict[str, Sample]:
         for kind in ("π", "shared"):
             samples[f"{method}, {kind} / one expert"] = Sample.ratio(times[f"{method}, {kind}"], times[method])
     return samples
+
+
+def many(setting: Setting) -> dict[str, Sample]:
+    """Eight and sixteen experts against one: seconds, and at sixteen what is held, in experts."""
+    samples = {}
+    for method, name in (("lora", "LoRA"), ("bottleneck", "bottleneck")):
+        sixteen = build(method, 16, **shapes(setting), device=setting.device)
+        eight = replace(sixteen, pool=sixteen.pool[:8])
+        cases = {
+            "one": partial(timed, sixteen, None),
+            "K=8, shared": partial(timed, eight, "shared"),
+            "K=8, π": partial(timed, eight, "experts"),
+            "K=16, shared": partial(timed, sixteen, "shared"),
+            "K=16, weights": partial(timed, sixteen, "weights"),
+        }
+        times = interleaved(cases, setting.pick(40, 2), warm_up=setting.pick(3, 1))
+        for case in ("K=8, shared", "K=16, shared", "K=16, weights"):
+            ratio = _ratio(times[case], times["one"], "forward+backward")
+            samples[f"{name}, {case}, forward and backward / one expert"] = ratio
+        for case in ("K=8, shared", "K=8, π"):
+            samples[f"{name}, {case}, whole step / one expert"] = _ratio(times[case], times["one"], PART)
+        for kind in ("shared", "weights"):
+            experts = held(sixteen, kind) / (16 + 4)
+            samples[f"{name}, K=16, {kind}, held / K + 4 experts"] = Sample.once(experts)
+    return samples
+
+
+def _ratio(left: Sequence[Mapping[str, float]], right: Sequence[Mapping[str, float]], part: str) -> Sample:
+    return Sample.ratio([times[part] for times in left], [times[part] for times in right])
 
 
 def memory(setting: Setting) -> dict[str, Sample]:

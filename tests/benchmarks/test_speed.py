@@ -71,8 +71,33 @@ def test_the_registry_has_every_bar() -> None:
             assert found.pop((name, f"{method}, memory / plain passes")) == ("≤", 1.5, "×")
             assert found.pop((name, f"{method}, loop / Fisher")) == ("≥", 5, "×")
             assert found.pop((name, f"{method}, relative error")) == ("≤", 1e-5, "")
+    for method in ("LoRA", "bottleneck"):
+        for case, bar in {
+            "K=8, shared, forward and backward / one expert": 1.25,
+            "K=8, shared, whole step / one expert": 1.15,
+            "K=16, shared, forward and backward / one expert": 1.25,
+            "K=16, weights, forward and backward / one expert": 1.25,
+            "K=16, shared, held / K + 4 experts": 1.1,
+            "K=16, weights, held / K + 4 experts": 1.1,
+        }.items():
+            assert found.pop(("many-experts", f"{method}, {case}")) == ("≤", bar, "×")
+    for size in ("tiny", "base"):
+        for method in ("adapter", "lora"):
+            assert found.pop(("ofa-experts", f"{size} {method}, K=8 / K=1")) == ("≤", 1.25, "×")
+            assert found.pop(("ofa-experts", f"{size} {method}, K=8, growth / parameters and gradients")) == (
+                "≤",
+                1.2,
+                "×",
+            )
+        for method in ("full", "adapter", "lora", "prefix"):
+            for mode, limit in (("train", 1), ("beam", 0.667)):
+                name = f"{size} {mode} {method} K=1 batch=2, time / reference"
+                assert found.pop(("ofa-reference", name)) == ("≤", limit, "×")
+        name = f"{size} beam adapter K=4 batch=2, time / reference"
+        assert found.pop(("ofa-reference", name)) == ("≤", 0.667, "×")
     assert found == {
         ("collapse", "exactly, relative error"): ("≤", 1e-5, ""),
+        ("collapse", "to one expert's rank, seconds"): ("<", 2, "s"),
         ("search", "cards and compact embeddings"): ("<", 100, "ms"),
         ("search", "whole search"): ("<", 100, "ms"),
         ("tsv", "indexing"): ("≥", 300, "MB/s"),
@@ -294,7 +319,7 @@ def test_facts_of_a_machine_are_json_without_its_name_or_folders() -> None:
 
 def test_the_page_says_what_is_met_and_what_is_not() -> None:
     text = block([made_record()])
-    assert "Bars: 1 met, 1 not met, 34 not measured." in text
+    assert "Bars: 1 met, 1 not met, 73 not measured." in text
     assert "| scenes | scenes per second | 300 scenes/s [290, 310] | ≥ 300 scenes/s | met |" in text
     assert "| startup | import pituning | 0.300 s [0.290, 0.310] | < 0.3 s | **not met** |" in text
     assert "| search | whole search | killed by SIGKILL | < 100 ms | not measured |" in text
@@ -454,6 +479,14 @@ def test_steps() -> None:
     require_complete("step", steps.steps(QUICK))
 
 
+def test_many_experts() -> None:
+    samples = steps.many(QUICK)
+    require_complete("many-experts", samples)
+    for method in ("LoRA", "bottleneck"):
+        assert samples[f"{method}, K=16, shared, held / K + 4 experts"].value == pytest.approx(1, abs=0.1)
+        assert 0.8 <= samples[f"{method}, K=16, weights, held / K + 4 experts"].value < 0.9
+
+
 def test_the_plain_step_has_the_loss_of_ours() -> None:
     built = build("lora", 1, **steps.shapes(QUICK))
     expected = built.backbone.loss(built.inputs).mean()
@@ -529,6 +562,23 @@ def test_the_reference_is_compared_in_units_of_the_probe(monkeypatch: pytest.Mon
     require_complete("ofa-reference", samples)
     assert len(samples) == 4 * len(SHOWN)
     assert all(s.value == pytest.approx(0.5) for n, s in samples.items() if n.endswith("time / reference"))
+
+
+def test_many_experts_of_ofa(monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(function: str, *arguments: Any, **options: Any) -> Any:
+        return resolve(function)(*arguments)
+
+    monkeypatch.setattr(ofa, "in_process", here)
+    monkeypatch.setattr(ofa, "THREADS", torch.get_num_threads())
+    samples = ofa.more_experts(QUICK)
+    assert set(samples) == {f.name for f in measurement("ofa-experts").figures if f.name.startswith("tiny")}
+    peaks = {1: (100.0, 3.0), 8: (170.0, 24.0)}
+    answers = {"ofa:in_turn": lambda experts: {"1": [1.0], "8": [1.5]}, "ofa:peak": lambda experts: peaks[experts]}
+    monkeypatch.setattr(ofa, "in_process", lambda function, *a, **_: answers[function](a[2]))
+    samples = ofa.more_experts(QUICK)
+    assert samples["tiny lora, K=8 / K=1"].value == 1.5
+    assert samples["tiny lora, K=8, growth"].value == 70
+    assert samples["tiny lora, K=8, growth / parameters and gradients"].value == pytest.approx(70 / 42)
 
 
 def test_matrix_products() -> None:
