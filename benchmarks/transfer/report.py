@@ -174,8 +174,8 @@ def block(
         return "\n".join([*lines, *_audit_lines(suite, audit, commands)])
     if missing:
         lines += [
-            f"**Partial: {total - len(missing):,} of {total:,} cells.** These figures settle nothing: means of arms "
-            "with different cells are over different targets. Missing:",
+            f"**Partial: {total - len(missing):,} of {total:,} cells.** The mean of an arm whose count of cells is in bold is "
+            "over fewer draws than others': compare it where differences are paired. Missing:",
             "",
             *_missing_lines(suite, missing),
         ]
@@ -339,7 +339,11 @@ def _harm(found: Found, shots: int) -> list[str]:
         return []
     each = ", ".join(f"{t} {signed(difference.by_target[t])} (≤ {signed(bound)})" for t, bound in bounds.items())
     harmed = [t for t, bound in bounds.items() if bound < -HARM]
-    verdict = f"**wholly below −{HARM:g} point: {', '.join(harmed)}**" if harmed else f"none is below −{HARM:g} point"
+    verdict = (
+        f"**wholly below −{HARM:g} point: {', '.join(harmed)}**" if harmed else f"no bound is below −{HARM:g} point"
+    )
+    if surely := [t for t, bound in bounds.items() if -HARM <= bound < 0]:
+        verdict += f", but below 0: {', '.join(surely)}"
     return ["", f"`pi` − `own-extra` by target, with its one-sided 95 % bound: {each}; {verdict}."]
 
 
