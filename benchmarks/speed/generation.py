@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from benchmarks.speed.measuring import Sample, Setting, interleaved, seconds
-from benchmarks.speed.models import random_expert
+from benchmarks.speed.models import SMALL_OFA, random_experts
 from benchmarks.speed.ofa import FixedBatch
 from pituning.backbones.base import Backbone, Batch
 from pituning.backbones.ofa.configuration import OFAConfig
@@ -23,24 +23,9 @@ from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.example import Example
 from pituning.experts import Expert, ExpertCard
 from pituning.interpolation import build_mixture, collapse
-from pituning.methods import attached, config_dict, initial_tensors, make_config
+from pituning.methods import attached, config_dict, make_config
 
 EXPERTS = 3
-SMALL_OFA: dict[str, Any] = {
-    "vocab_size": 500,
-    "d_model": 32,
-    "encoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 64,
-    "resnet_layers": [1, 1, 1],
-    "resnet_stem_width": 4,
-    "resnet_widths": [2, 2, 4],
-    "image_bucket_size": 8,
-    "code_image_size": 32,
-    "token_bucket_size": 16,
-    "max_source_positions": 64,
-    "max_target_positions": 32,
-}
 
 
 @dataclass(frozen=True)
@@ -79,8 +64,11 @@ def generation(setting: Setting) -> dict[str, Sample]:
     for name, build in (("OFA", _ofa), ("T5", _t5), ("Llama", _llama)):
         torch.manual_seed(0)
         writer = build(setting)
-        experts: dict[str, Expert | None] = {"bare": None, "one expert": _pool(writer, 1)[0]}
-        experts["collapsed"] = collapsed(_pool(writer, EXPERTS))
+        experts: dict[str, Expert | None] = {
+            "bare": None,
+            "one expert": random_experts(writer.backbone, writer.config, 1)[0],
+        }
+        experts["collapsed"] = collapsed(random_experts(writer.backbone, writer.config, EXPERTS))
         cases = {case: partial(_written, writer, expert, setting.device) for case, expert in experts.items()}
         times = interleaved(cases, setting.pick(20, 2))
         samples |= {f"{name}, {case}": Sample.rate(writer.tokens, times[case]) for case in experts}
@@ -101,11 +89,6 @@ def _written(writer: Writer, expert: Expert | None, device: str) -> float:
         return seconds(writer.write, device)
     with attached(writer.backbone, expert.config, expert.tensors):
         return seconds(writer.write, device)
-
-
-def _pool(writer: Writer, count: int) -> list[Expert]:
-    initial = initial_tensors(writer.backbone, writer.config)
-    return [random_expert(initial, writer.config, seed) for seed in range(count)]
 
 
 def _ofa(setting: Setting) -> Writer:

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed.generation import SMALL_OFA, collapsed
+from benchmarks.speed.generation import collapsed
 from benchmarks.speed.interpolation import build, step_seconds, trainable
 from benchmarks.speed.measuring import Sample, Setting, interleaved, peak_mb, seconds
-from benchmarks.speed.models import random_expert
+from benchmarks.speed.models import SMALL_OFA, random_experts
 from benchmarks.speed.ofa import FixedBatch
 from benchmarks.speed.steps import EXPERTS, PART, shapes
 from pituning.backbones.ofa.configuration import OFAConfig
 from pituning.backbones.ofa.generation import BeamSettings, beam_search
 from pituning.backbones.ofa.modeling import OFAForConditionalGeneration
 from pituning.interpolation import build_mixture
-from pituning.methods import attached, config_dict, initial_tensors, make_config
+from pituning.methods import attached, config_dict, make_config
 from pituning.training.module import running
 from pituning.training.precision import precision
 
@@ -79,8 +79,7 @@ def ofa_large(setting: Setting) -> dict[str, Sample]:
     batch, side, words = setting.pick((LARGE_BATCH, 480, 50000), (2, 32, 500))
     backbone = FixedBatch(OFAForConditionalGeneration(config), batch, side, setting.device, words)
     settings = config_dict(make_config("bottleneck", backbone, r=setting.pick(128, 4)))
-    initial = initial_tensors(backbone, settings)
-    pool = [random_expert(initial, settings, seed) for seed in range(EXPERTS)]
+    pool = random_experts(backbone, settings, EXPERTS)
     limit = ceiling(setting, torch.bfloat16)
     samples = {"ceiling": limit}
     mixture, carried = build_mixture(pool, train="experts")

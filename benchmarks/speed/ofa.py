@@ -34,7 +34,7 @@ if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.speed.measuring import NotApplicableError, Sample, Setting, in_process, interleaved, peak_mb, seconds
-from benchmarks.speed.models import random_expert
+from benchmarks.speed.models import SMALL_OFA, random_experts
 from benchmarks.speed.reference import PROBE_OF_REFERENCE, REFERENCE, SHOWN, Case, case_name, recorded
 from pituning.backbones.base import Backbone, Batch
 from pituning.backbones.loss import label_smoothed_nll
@@ -45,7 +45,7 @@ from pituning.example import Example
 from pituning.experts import Expert, ExpertCard
 from pituning.interpolation import build_mixture
 from pituning.interpolation.collapse import collapse
-from pituning.methods import attached, config_dict, initial_tensors, make_config
+from pituning.methods import attached, config_dict, make_config
 from pituning.similarity.fisher import fisher_diagonal
 from pituning.training.module import running
 
@@ -58,7 +58,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MANY = 8
 """Experts, against one of them."""
-QUICK = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2}
 
 
 class FixedBatch(Backbone):
@@ -133,15 +132,16 @@ def sized(size: str, batch: int, quick: bool = False) -> FixedBatch:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     rates = {"encoder_drop_path_rate": 0.2, "decoder_drop_path_rate": 0.2}
-    config = OFAConfig.of_size(size, **rates, **(QUICK if quick else {}))
-    return FixedBatch(OFAForConditionalGeneration(config), batch, side=64 if quick else 256)
+    config = OFAConfig(**SMALL_OFA, **rates) if quick else OFAConfig.of_size(size, **rates)
+    side, words = (32, 500) if quick else (256, 50000)
+    return FixedBatch(OFAForConditionalGeneration(config), batch, side, words=words)
 
 
 def random_pool(backbone: FixedBatch, method: str, experts: int) -> list[Expert]:
     """Random experts of a method at the reference's sizes."""
     name, options = METHODS[method]
     config = config_dict(make_config(name, backbone, **options))
-    return [random_expert(initial_tensors(backbone, config), config, seed) for seed in range(experts)]
+    return random_experts(backbone, config, experts)
 
 
 @contextmanager

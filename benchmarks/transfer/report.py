@@ -343,7 +343,7 @@ def _harm(found: Found, shots: int) -> list[str]:
         f"**wholly below −{HARM:g} point: {', '.join(harmed)}**" if harmed else f"no bound is below −{HARM:g} point"
     )
     if surely := [t for t, bound in bounds.items() if -HARM <= bound < 0]:
-        verdict += f", but below 0: {', '.join(surely)}"
+        verdict += f"; wholly below 0: {', '.join(surely)}"
     return ["", f"`pi` − `own-extra` by target, with its one-sided 95 % bound: {each}; {verdict}."]
 
 
