@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pituning.backbones.base import Backbone
 from pituning.errors import ExpertError, RefusedError
@@ -292,6 +294,40 @@ def test_what_each_mode_trains(
     moved = {kind[n] for n, p in mixture.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == free
     assert not any(p.grad is not None for p in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "bitfit"])
+@pytest.mark.parametrize("train", TRAIN_MODES)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_mixture_has_tensors_of_its_own(
+    bert: Backbone, random_experts: Any, method: str, train: str, count: int
+) -> None:
+    experts = random_experts(bert, method, count, 3)
+    initial = shared_start(bert, experts)
+    mixture, _ = build_mixture(experts, train=train, initial=initial)
+    others = {
+        t.untyped_storage().data_ptr() for m in (initial or {}, *(e.tensors for e in experts)) for t in m.values()
+    }
+    assert not others & {p.untyped_storage().data_ptr() for p in mixture.parameters()}
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_the_initial_tensors_are_let_go(
+    bert: Backbone, random_experts: Any, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Those of LoRA, whose ranks add up, are as large as all the experts together."""
+    storages: list[StorageWeakRef] = []
+
+    @contextmanager
+    def watched(*arguments: Any) -> Iterator[Any]:
+        with attached(*arguments) as site:
+            storages.extend(StorageWeakRef(p.untyped_storage()) for p in site.parameters.values())
+            yield site
+
+    monkeypatch.setattr("pituning.training.module.attached", watched)
+    with running(bert, *build_mixture(random_experts(bert, method, 2, 3), train="experts")):
+        assert storages
+        assert all(storage.expired() for storage in storages)
 
 
 @pytest.mark.parametrize("method", ["lora", "bottleneck"])

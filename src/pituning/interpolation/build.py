@@ -161,7 +161,7 @@ def build_mixture(
     product = ProductMixture(factors, groups, rows, train, kind, train_weights, delta)
     if product.single:
         return product, dict(experts[0].config)
-    return product, lora_config(product.factors(), experts[0].config)
+    return product, lora_config(product.ranks(), product.has_bias, experts[0].config)
 
 
 def without_product_form(expert: Expert) -> list[str]:
@@ -208,10 +208,10 @@ def lora_factors(expert: Expert) -> dict[str, LowRank]:
     return factors
 
 
-def lora_config(factors: Mapping[str, LowRank], template: Mapping[str, Any]) -> dict[str, Any]:
-    """A LoRA configuration with the ranks of the given factors and scaling 1 on exactly their modules."""
+def lora_config(ranks: Mapping[str, int], has_bias: bool, template: Mapping[str, Any]) -> dict[str, Any]:
+    """A LoRA configuration of scaling 1 on exactly the modules whose ranks are given."""
     config = dict(template)
-    names = {module.removeprefix(PREFIX): f.a.shape[0] for module, f in factors.items()}
+    names = {module.removeprefix(PREFIX): rank for module, rank in ranks.items()}
     common = max(set(names.values()), key=list(names.values()).count)
     pattern = {name: rank for name, rank in names.items() if rank != common}
     config.update(
@@ -220,7 +220,7 @@ def lora_config(factors: Mapping[str, LowRank], template: Mapping[str, Any]) -> 
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         use_rslora=False,
-        lora_bias=any(f.bias is not None for f in factors.values()),
+        lora_bias=has_bias,
         target_modules=sorted(names),
         layers_to_transform=None,
         layers_pattern=None,

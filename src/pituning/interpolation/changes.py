@@ -192,7 +192,8 @@ def _lora(experts: Sequence[Expert], factors: Mapping[str, LowRank], errors: Map
     for module, f in factors.items():
         bias = f.b.new_zeros(len(f.b)) if f.bias is None else f.bias
         typed[module] = replace(f, a=f.a.to(dtype), b=f.b.to(dtype), bias=bias.to(dtype) if biased else None)
-    return Built(lora_tensors(typed), lora_config(typed, experts[0].config), dict(errors))
+    config = lora_config({n: len(f.a) for n, f in typed.items()}, biased, experts[0].config)
+    return Built(lora_tensors(typed), config, dict(errors))
 
 
 def _modules(factors: Iterable[Mapping[str, LowRank]]) -> list[str]:

@@ -57,7 +57,8 @@ def collapse(
         for module, factor in mixture.factors().items():
             a, b, errors[module] = truncate(factor.a, factor.b, rank, max_error)
             small[module] = replace(factor, a=a, b=b)
-        tensors, settings = lora_tensors(small), lora_config(small, config)
+        tensors = lora_tensors(small)
+        settings = lora_config({name: len(f.a) for name, f in small.items()}, mixture.has_bias, config)
     size = sum(t.numel() for t in tensors.values())
     return Collapsed(Expert(tensors, settings, replace(card, parameters=size)), errors)
 

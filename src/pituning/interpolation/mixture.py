@@ -97,7 +97,8 @@ class Mixture(nn.Module):
         raise NotImplementedError
 
     def _hold(self, tensor: Tensor, trainable: bool) -> nn.Parameter:
-        return nn.Parameter(tensor.detach().clone(), requires_grad=trainable)
+        """A parameter on the very storage of a tensor that nobody else has."""
+        return nn.Parameter(tensor.detach(), requires_grad=trainable)
 
     def _runs_alone(self) -> bool:
         """Whether there is one expert whose weight is 1 and stays so: it runs with its own tensors, bit by bit."""
@@ -220,11 +221,16 @@ class ProductMixture(Mixture):
             if self.has_bias:
                 self.bias.append(self._hold(biases, trained))
             if delta is not None:
-                self.delta_a.append(self._hold(delta[name].a, True))
+                self.delta_a.append(self._hold(delta[name].a.clone(), True))
                 self.delta_b.append(self._hold(delta[name].b * delta[name].scaling, True))
                 for parameter in (self.delta_a[-1], self.delta_b[-1]):
                     # or its gradient would keep all of the stacked factors' alive, of which it is a part
                     parameter.register_hook(torch.clone)
+
+    def ranks(self) -> dict[str, int]:
+        """R of each module's factors."""
+        extra = [len(a) for a in self.delta_a] or [0] * len(self.a)
+        return {name: len(a) + more for name, a, more in zip(self.modules_mixed, self.a, extra, strict=True)}
 
     def factors(self) -> dict[str, LowRank]:
         """A ``[R, in]`` and B ``[out, R]`` of each module, with weights and scalings folded into B: ΔW = B A, scaling 1."""

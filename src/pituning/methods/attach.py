@@ -97,6 +97,7 @@ def attached(
                 for key, parameter in parameters.items():
                     parameter.copy_(tensors[key])
         live_names = {keys[name]: name.removeprefix(_PREFIX) for name in live}
+        del saved  # it would keep the initial tensors where they are replaced
         with backbone.occupied_by(peft_model):
             yield Attached(backbone, peft_model, parameters, live_names)
     finally:
