@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.plots import signed
 from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.cells import REVISION, digest, read_parquet, write_parquet
+from benchmarks.transfer.explanations import EXPLANATIONS
 from benchmarks.transfer.intervals import Difference, Values, paired_difference, upper_bounds
 from benchmarks.transfer.suites import Suite
 from pituning.errors import PituningError
@@ -279,7 +280,10 @@ def _shots_lines(found: Found, shots: int, pictures: Sequence[str], commands: Co
     suite = found.suite
     more_shots = f", {shots} shots" if len(suite.shots) > 1 else ""
     title = f"#### {suite.name}: means over the {len(suite.report)} report targets{more_shots}"
-    lines = [title, "", *_overall(found, shots)]
+    lines: list[str] = []
+    if evidence := _evidence(found, shots):
+        lines += [f"#### {suite.name}: what the gain may come from{more_shots}", "", *evidence, ""]
+    lines += [title, "", *_overall(found, shots)]
     if against := _pi_against_all(found, shots):
         lines += ["", f"#### {suite.name}: π as shipped less every other arm{more_shots}", "", *against]
     lines += ["", f"#### {suite.name}: report targets, values times 100{more_shots}", "", *_by_arm(found, shots)]
@@ -315,6 +319,20 @@ def _overall(found: Found, shots: int) -> list[str]:
         count = str(len(cells)) if len(cells) >= expected else f"**{len(cells)} of {expected}**"
         lines.append(f"| {label} | {mean:.1f} | {against_rivals} | {worst} | {won} | {seconds:.0f} | {count} |")
     return lines
+
+
+def _evidence(found: Found, shots: int) -> list[str]:
+    """Each explanation of the gain whose arm shares cells with π, and whether it is enough."""
+    rows: list[str] = []
+    for explanation, arm in EXPLANATIONS:
+        pairs = found.values("pi", shots), found.values(arm, shots)
+        if (difference := paired_difference(*pairs, found.suite.report)) is not None:
+            says = (
+                "not enough" if difference.low > 0 else "more than π has" if difference.high < 0 else "not told apart"
+            )
+            rows.append(f"| {explanation} | `{arm}` | {shown(difference)} | {difference.pairs} | {says} |")
+    heads = "| if it came from … | this would do as well | π is ahead of it by | pairs | so that is |"
+    return [heads, "|---|---|---|---|---|", *rows] if rows else []
 
 
 def _pi_against_all(found: Found, shots: int) -> list[str]:

@@ -24,6 +24,7 @@ from benchmarks.transfer.__main__ import main
 from benchmarks.transfer.arms import ARMS, rescaled
 from benchmarks.transfer.cells import REVISION, Cells, claimed, digest, read_parquet
 from benchmarks.transfer.descent import fully_tuned
+from benchmarks.transfer.explanations import EXPLANATIONS
 from benchmarks.transfer.intervals import paired_difference, resampled_means, upper_bounds
 from benchmarks.transfer.report import Commands, block, differences, gather, keep
 from benchmarks.transfer.running import Bench, Part, prepared, run
@@ -704,9 +705,24 @@ def test_the_report_of_made_figures_has_the_right_numbers(figures: list[dict[str
     nearest = row_of(text, "nearest, fine-tuned (`nearest-tuned`)")
     assert nearest[1:] == ["45.0", "0.0 (−4.5 to +3.5)", "", "trec6 −3.0", "1 of 2", "10", "4"]
     assert row_of(text, "own + the same extra steps (`own-extra`)")[2] == ""
+    assert row_of(text, "more steps on")[1:] == ["`own-extra`", "+6.0 (+6.0 to +6.0)", "4", "not enough"]
+    assert row_of(text, "a single expert")[1:] == ["`nearest-tuned`", "+6.0 (+2.5 to +10.5)", "4", "not enough"]
     where = "--device cpu --precision fp32"  # "auto" may be another precision elsewhere
     assert f"`python -m benchmarks.transfer run --suite core --data DATA --work WORK {where} --tasks mrpc`" in text
     assert differences(found, "own-extra", 16, ["cr"])["pi"].mean == pytest.approx(80.0)
+
+
+def test_an_explanation_whose_interval_reaches_zero_is_not_ruled_out(figures: list[dict[str, Any]]) -> None:
+    shift = {"own-extra": 0.06, "nearest-tuned": 0.2}
+    moved = [{**c, "value": c["value"] + shift.get(c["arm"], 0)} for c in figures]
+    text = block(gather(SMALL, moved), [], COMMANDS, {})
+    assert row_of(text, "more steps on")[-1] == "not told apart"
+    assert row_of(text, "a single expert")[-1] == "more than π has"
+    assert "any experts" not in text, "no cell, no row"
+
+
+def test_every_explanation_names_an_arm() -> None:
+    assert {arm for _, arm in EXPLANATIONS} <= ARMS.keys()
 
 
 def test_a_partial_suite_is_not_called_complete_and_says_what_is_missing(figures: list[dict[str, Any]]) -> None:
