@@ -41,6 +41,11 @@ class Difference:
         """Share of targets whose mean is above zero; one of exactly zero counts half."""
         return float(np.mean([0.5 * (1 + np.sign(value)) for value in self.by_target.values()]))
 
+    @property
+    def students(self) -> tuple[float, float]:
+        """The 95 % interval of Student's t over the targets' means, to which single draws are nothing; NaN for one target."""
+        return _student(list(self.by_target.values()), 0.975)
+
 
 def resampled_means(values: Sequence[Sequence[float]], times: int = TIMES, seed: int = 0) -> NDArray[np.float64]:
     """Means under the hierarchical bootstrap, shape ``[times]``.

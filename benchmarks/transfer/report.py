@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.plots import signed
 from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.cells import REVISION, digest, read_parquet, write_parquet
-from benchmarks.transfer.explanations import EXPLANATIONS
+from benchmarks.transfer.explanations import EXPLANATIONS, LEGEND, verdict
 from benchmarks.transfer.intervals import Difference, Values, paired_difference, upper_bounds
 from benchmarks.transfer.suites import Suite
 from pituning.errors import PituningError
@@ -24,6 +24,10 @@ HARM = 1.0
 """Points that π may cost a target; a bound below minus this is harm beyond doubt."""
 POINTS = 100.0
 """Values are shares; tables have them times 100."""
+
+FEWER = (
+    "A count of cells in bold: that mean is over fewer draws than others', so compare the paired differences instead."
+)
 
 Cell = Mapping[str, Any]
 
@@ -175,8 +179,7 @@ def block(
         return "\n".join([*lines, *_audit_lines(suite, audit, commands)])
     if missing:
         lines += [
-            f"**Partial: {total - len(missing):,} of {total:,} cells.** The mean of an arm whose count of cells is in bold is "
-            "over fewer draws than others': compare it where differences are paired. Missing:",
+            f"**Partial: {total - len(missing):,} of {total:,} cells.** Missing:",
             "",
             *_missing_lines(suite, missing),
         ]
@@ -282,7 +285,7 @@ def _shots_lines(found: Found, shots: int, pictures: Sequence[str], commands: Co
     title = f"#### {suite.name}: means over the {len(suite.report)} report targets{more_shots}"
     lines: list[str] = []
     if evidence := _evidence(found, shots):
-        lines += [f"#### {suite.name}: what the gain may come from{more_shots}", "", *evidence, ""]
+        lines += [f"#### {suite.name}: what the gain over own-extra may come from{more_shots}", "", *evidence, ""]
     lines += [title, "", *_overall(found, shots)]
     if against := _pi_against_all(found, shots):
         lines += ["", f"#### {suite.name}: π as shipped less every other arm{more_shots}", "", *against]
@@ -303,6 +306,8 @@ def _overall(found: Found, shots: int) -> list[str]:
         "| arm | mean | − own-extra | − nearest-tuned | worst target | won | s | cells |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    most = max((len(found.of(arm, shots, suite.report)) for arm in suite.arms), default=0)
+    fewer = False
     for arm in suite.arms:
         cells = found.of(arm, shots, suite.report)
         if not cells:
@@ -316,23 +321,37 @@ def _overall(found: Found, shots: int) -> list[str]:
         label = f"{ARMS[arm].label} (`{arm}`)"
         seconds = statistics.fmean(c["seconds"] for c in cells)
         expected = sum(len(suite.seeds_of(arm, task)) for task in suite.report)
-        count = str(len(cells)) if len(cells) >= expected else f"**{len(cells)} of {expected}**"
+        count = str(len(cells)) if len(cells) >= expected else f"{len(cells)} of {expected}"
+        if len(cells) < most:
+            fewer, count = True, f"**{count}**"
         lines.append(f"| {label} | {mean:.1f} | {against_rivals} | {worst} | {won} | {seconds:.0f} | {count} |")
-    return lines
+    return [*lines, "", FEWER] if fewer else lines
 
 
 def _evidence(found: Found, shots: int) -> list[str]:
-    """Each explanation of the gain whose arm shares cells with π, and whether it is enough."""
+    """What each arm that stands for an explanation gains over the own expert with extra steps, and π on the same draws."""
+    targets, ours, base = found.suite.report, found.values("pi", shots), found.values("own-extra", shots)
     rows: list[str] = []
     for explanation, arm in EXPLANATIONS:
-        pairs = found.values("pi", shots), found.values(arm, shots)
-        if (difference := paired_difference(*pairs, found.suite.report)) is not None:
-            says = (
-                "not enough" if difference.low > 0 else "more than π has" if difference.high < 0 else "not told apart"
+        theirs = _shared(found.values(arm, shots), ours, base)
+        ahead = paired_difference(ours, theirs, targets)
+        gains = [paired_difference(values, base, targets) for values in (theirs, _shared(ours, theirs, base))]
+        if ahead is not None:
+            of = " of ".join(signed(gain.mean) for gain in gains if gain is not None)
+            won = f"{ahead.won * len(ahead.by_target):g} of {len(ahead.by_target)}"
+            rows.append(
+                f"| {explanation} | `{arm}` | {of} | {shown(ahead)} | {won} | {ahead.pairs} | {verdict(ahead)} |"
             )
-            rows.append(f"| {explanation} | `{arm}` | {shown(difference)} | {difference.pairs} | {says} |")
-    heads = "| if it came from … | this would do as well | π is ahead of it by | pairs | so that is |"
-    return [heads, "|---|---|---|---|---|", *rows] if rows else []
+    heads = "| in place of π | arm | gains | π is ahead by | ahead on | draws | the arm is |"
+    return [heads, "|---|---|---|---|---|---|---|", *rows, "", LEGEND] if rows else []
+
+
+def _shared(values: Values, *others: Values) -> Values:
+    """Those values whose target and seed all the others have, too."""
+    return {
+        t: {s: v for s, v in by_seed.items() if all(s in other.get(t, ()) for other in others)}
+        for t, by_seed in values.items()
+    }
 
 
 def _pi_against_all(found: Found, shots: int) -> list[str]:

@@ -25,7 +25,8 @@ from benchmarks.transfer.arms import ARMS, rescaled
 from benchmarks.transfer.cells import REVISION, Cells, claimed, digest, read_parquet
 from benchmarks.transfer.descent import fully_tuned
 from benchmarks.transfer.explanations import EXPLANATIONS
-from benchmarks.transfer.intervals import paired_difference, resampled_means, upper_bounds
+from benchmarks.transfer.explanations import verdict as explained
+from benchmarks.transfer.intervals import Difference, paired_difference, resampled_means, upper_bounds
 from benchmarks.transfer.report import Commands, block, differences, gather, keep
 from benchmarks.transfer.running import Bench, Part, prepared, run
 from benchmarks.transfer.setting import Setting
@@ -705,20 +706,46 @@ def test_the_report_of_made_figures_has_the_right_numbers(figures: list[dict[str
     nearest = row_of(text, "nearest, fine-tuned (`nearest-tuned`)")
     assert nearest[1:] == ["45.0", "0.0 (−4.5 to +3.5)", "", "trec6 −3.0", "1 of 2", "10", "4"]
     assert row_of(text, "own + the same extra steps (`own-extra`)")[2] == ""
-    assert row_of(text, "more steps on")[1:] == ["`own-extra`", "+6.0 (+6.0 to +6.0)", "4", "not enough"]
-    assert row_of(text, "a single expert")[1:] == ["`nearest-tuned`", "+6.0 (+2.5 to +10.5)", "4", "not enough"]
+    assert row_of(text, "a single expert, tuned")[1:] == [
+        "`nearest-tuned`", "0.0 of +6.0", "+6.0 (+2.5 to +10.5)", "2 of 2", "4", "behind",
+    ]  # fmt: skip
+    assert "in bold" not in text
     where = "--device cpu --precision fp32"  # "auto" may be another precision elsewhere
     assert f"`python -m benchmarks.transfer run --suite core --data DATA --work WORK {where} --tasks mrpc`" in text
     assert differences(found, "own-extra", 16, ["cr"])["pi"].mean == pytest.approx(80.0)
 
 
-def test_an_explanation_whose_interval_reaches_zero_is_not_ruled_out(figures: list[dict[str, Any]]) -> None:
-    shift = {"own-extra": 0.06, "nearest-tuned": 0.2}
-    moved = [{**c, "value": c["value"] + shift.get(c["arm"], 0)} for c in figures]
+@pytest.mark.parametrize(
+    ("nearest", "verdict"),
+    [
+        ((0.54, 0.62, 0.30, 0.34), "behind"),  # by 2, 4, 6 and 12: on every target, though Student's t reaches below 0
+        ((0.58, 0.62, 0.30, 0.34), "not told apart"),
+        ((0.56, 0.66, 0.36, 0.45), "as good"),
+        ((0.70, 0.80, 0.40, 0.50), "ahead"),
+    ],
+)
+def test_the_verdict_on_an_explanation(nearest: tuple[float, ...], verdict: str, figures: list[dict[str, Any]]) -> None:
+    given = iter(nearest)
+    at = {(t, s): next(given) for t in ("mrpc", "trec6") for s in (0, 1)}
+    moved = [
+        {**c, "value": at[c["task"], c["seed"]]} if c["arm"] == "nearest-tuned" and c["task"] != "cr" else c
+        for c in figures
+    ]
     text = block(gather(SMALL, moved), [], COMMANDS, {})
-    assert row_of(text, "more steps on")[-1] == "not told apart"
-    assert row_of(text, "a single expert")[-1] == "more than π has"
-    assert "any experts" not in text, "no cell, no row"
+    assert row_of(text, "a single expert, tuned")[-1] == verdict
+    assert "drawn at random" not in text, "no cell, no row"
+
+
+def test_the_verdict_asks_for_students_interval_or_every_target() -> None:
+    """Six means of 4.1 and a standard deviation of 4.3 have a Student's interval of 4.1 ± 2.571 · 4.3 / √6."""
+    means = dict(zip("abcdef", (8.0, 8.0, 6.0, 5.0, 0.6, -3.0), strict=True))
+    low, high = Difference(4.1, 0.5, 7.5, means, 30).students
+    spread = 2.5706 * np.std(list(means.values()), ddof=1) / 6**0.5
+    assert (low, high) == pytest.approx((4.1 - spread, 4.1 + spread), abs=1e-3)
+    assert low < 0
+    assert explained(Difference(4.1, 0.5, 7.5, means, 30)) == "probably behind"
+    assert explained(Difference(4.1, 0.5, 7.5, {t: abs(v) for t, v in means.items()}, 30)) == "behind"
+    assert explained(Difference(4.1, 2.0, 6.0, dict.fromkeys(means, 4.1), 30)) == "behind"
 
 
 def test_every_explanation_names_an_arm() -> None:
