@@ -1,4 +1,4 @@
-"""What benchmarks of MiniLM on draws of 16 shots per class have in common: their options, and what these open."""
+"""What benchmarks of MiniLM on draws of a few shots per class have in common: their options, and what these open."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def draw_options(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
     parser.add_argument("--targets", nargs="+", required=True)
     parser.add_argument("--draws", nargs="+", type=int, default=[0])
+    parser.add_argument("--shots", type=int, default=16, help="per class")
     parser.add_argument("--bf16-weights", action="store_true", help="round the frozen weights to bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     return parser
@@ -37,4 +38,4 @@ def drawn(options: argparse.Namespace) -> Iterator[tuple[str, int, pt.Task]]:
     """(target, draw, task with its shots), draw after draw of one target after the other."""
     for target in options.targets:
         for draw in options.draws:
-            yield target, draw, pt.load_task(target, data=options.data).few_shot(16, draw)
+            yield target, draw, pt.load_task(target, data=options.data).few_shot(options.shots, draw)
