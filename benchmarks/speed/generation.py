@@ -64,11 +64,8 @@ def generation(setting: Setting) -> dict[str, Sample]:
     for name, build in (("OFA", _ofa), ("T5", _t5), ("Llama", _llama)):
         torch.manual_seed(0)
         writer = build(setting)
-        experts: dict[str, Expert | None] = {
-            "bare": None,
-            "one expert": random_experts(writer.backbone, writer.config, 1)[0],
-        }
-        experts["collapsed"] = collapsed(random_experts(writer.backbone, writer.config, EXPERTS))
+        pool = random_experts(writer.backbone, writer.config, EXPERTS)
+        experts: dict[str, Expert | None] = {"bare": None, "one expert": pool[0], "collapsed": collapsed(pool)}
         cases = {case: partial(_written, writer, expert, setting.device) for case, expert in experts.items()}
         times = interleaved(cases, setting.pick(20, 2))
         samples |= {f"{name}, {case}": Sample.rate(writer.tokens, times[case]) for case in experts}

@@ -316,7 +316,7 @@ def _overall(found: Found, shots: int) -> list[str]:
         mean = statistics.fmean(statistics.fmean(values[t].values()) for t in suite.report if t in values)
         extra = against["own-extra"].get(arm)
         worst = f"{extra.worst} {signed(extra.by_target[extra.worst])}" if extra else ""
-        won = f"{extra.won * len(extra.by_target):g} of {len(extra.by_target)}" if extra else ""
+        won = _won(extra) if extra else ""
         against_rivals = " | ".join(shown(against[rival].get(arm)) for rival in RIVALS)
         label = f"{ARMS[arm].label} (`{arm}`)"
         seconds = statistics.fmean(c["seconds"] for c in cells)
@@ -338,9 +338,8 @@ def _evidence(found: Found, shots: int) -> list[str]:
         gains = [paired_difference(values, base, targets) for values in (theirs, _shared(ours, theirs, base))]
         if ahead is not None:
             of = " of ".join(signed(gain.mean) for gain in gains if gain is not None)
-            won = f"{ahead.won * len(ahead.by_target):g} of {len(ahead.by_target)}"
             rows.append(
-                f"| {explanation} | `{arm}` | {of} | {shown(ahead)} | {won} | {ahead.pairs} | {verdict(ahead)} |"
+                f"| {explanation} | `{arm}` | {of} | {shown(ahead)} | {_won(ahead)} | {ahead.pairs} | {verdict(ahead)} |"
             )
     heads = "| in place of π | arm | gains | π is ahead by | ahead on | draws | the arm is |"
     return [heads, "|---|---|---|---|---|---|---|", *rows, "", LEGEND] if rows else []
@@ -362,8 +361,7 @@ def _pi_against_all(found: Found, shots: int) -> list[str]:
     for arm in (*RIVALS, *others):
         difference = paired_difference(ours, found.values(arm, shots), suite.report)
         if difference is not None:
-            won = f"{difference.won * len(difference.by_target):g} of {len(difference.by_target)}"
-            rows.append(f"| `pi` − `{arm}` | {shown(difference)} | {won} | {difference.pairs} |")
+            rows.append(f"| `pi` − `{arm}` | {shown(difference)} | {_won(difference)} | {difference.pairs} |")
     return ["| | difference | won | pairs |", "|---|---|---|---|", *rows, *_harm(found, shots)] if rows else []
 
 
@@ -414,6 +412,11 @@ def _by_target(found: Found, shots: int, task: str) -> list[str]:
             mean, difference = statistics.fmean(values), shown(against.get(arm))
             lines.append(f"| `{arm}` | {mean:.1f} | {each} | {difference} | {loss:.3f} | {seconds:.0f} |")
     return lines
+
+
+def _won(difference: Difference) -> str:
+    """On how many of the targets the mean is above zero."""
+    return f"{difference.won * len(difference.by_target):g} of {len(difference.by_target)}"
 
 
 def shown(difference: Difference | None) -> str:
