@@ -2,17 +2,20 @@
 
     python benchmarks/candidates.py --pool WORK/experts/DIGEST --data ../shared/data/text --targets cr subj --draws 0 1
 
-The pool is the one that `python -m benchmarks.transfer run --suite core` trains in its work folder. For every target and draw,
-with 16 shots per class: of each candidate the cross-fitted log-loss, by which `interpolate` chooses, and the accuracy on 500
-test examples after the refit, whichever is chosen. At the end, for several numbers of standard errors, the mean accuracy of
-"the first candidate whose loss is within so many of the lowest": the mean over the targets of the means over their draws.
+The pool is the one that `python -m benchmarks.transfer run --suite core` trains in its work folder. For every target, draw
+and scale of the blends (`--scales auto 1`): of each candidate the scale, the cross-fitted log-loss, by which `interpolate`
+chooses, and the accuracy and log-loss on 500 test examples after the refit, whichever is chosen. At the end, for each scale and
+for several numbers of standard errors, the same of "the first candidate whose loss is within so many of the lowest": the mean
+over the targets of the means over their draws.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -22,35 +25,66 @@ if not __package__:  # run by its path
 import pituning as pt
 from benchmarks.draws import LIMIT, draw_options, drawn, opened
 from pituning.similarity.select import rank_experts
-from pituning.training.crossfit import Search
+from pituning.training.crossfit import CrossFit, Search
 from pituning.training.evaluation import evaluate
 from pituning.training.interpolate import ALPHA_LEARNING_RATE, choose
+from pituning.training.train_expert import fold_experts
 
 ERRORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+KINDS = ("blend", "blend with own", "warm start", "own")
+
+Tested = tuple[float, float]  # accuracy in %, log-loss
 
 
 def main() -> None:
-    """One line for each target and draw, and a table of the rules."""
-    options = draw_options(__doc__).parse_args()
+    """One line for each target, draw and scale, and a table of the rules for each scale."""
+    parser = draw_options(__doc__)
+    parser.add_argument("--scales", nargs="+", type=_scale, default=["auto"], help="as `interpolate` takes one")
+    options = parser.parse_args()
     backbone, pool = opened(options)
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[str, list[Tested]]] = defaultdict(lambda: defaultdict(list))
     for target, draw, task in drawn(options):
         search = Search(fold_seed=draw)
         own = pt.train_expert(backbone, task, "lora", name="own", search=search, seed=draw)
-        with_alpha = replace(search, alpha_learning_rate=ALPHA_LEARNING_RATE)
-        choice = choose(backbone, task, rank_experts(backbone, task, pool).top(), own, search=with_alpha)
-        values = []
-        for plan, cell in zip(choice.plans, choice.found, strict=True):
-            refitted = replace(choice, plans=(plan,), found=(cell,)).refit(draw)
-            values.append(100 * evaluate(backbone, refitted.expert, task, limit=LIMIT).value)
-        shown = [f"{c.name} {c.loss:.3f} {v:.1f}" for c, v in zip(choice.candidates(), values, strict=True)]
-        print(f"{target} {draw} | " + " | ".join(shown), flush=True)
-        for at, name in enumerate(("blend", "blend with own", "warm start", "own")):
-            found[name][target].append(values[at])
-        for errors in ERRORS:
-            found[f"{errors:g} standard errors"][target].append(values[choice.first_within(errors)])
+        search = replace(search, alpha_learning_rate=ALPHA_LEARNING_RATE)
+        folds, fits, tests = fold_experts(backbone, task, own, search), dict[str, CrossFit](), dict[str, Tested]()
+        experts = rank_experts(backbone, task, pool).top()
+        for scale in options.scales:
+            choice = choose(
+                backbone, task, experts, own, scale=scale, search=search, own_folds=folds, shared=partial(_once, fits)
+            )
+            values = []
+            for candidate, plan, fit in zip(choice.candidates(), choice.plans, choice.found, strict=True):
+                if candidate.name not in tests:
+                    result = evaluate(
+                        backbone, replace(choice, plans=(plan,), found=(fit,)).refit(draw).expert, task, limit=LIMIT
+                    )
+                    tests[candidate.name] = 100 * result.value, result.metrics["log-loss"]
+                values.append(tests[candidate.name])
+                if candidate.name not in fits:  # a blend, and another one at the next scale
+                    del tests[candidate.name]
+            shown = [
+                f"{c.name} {c.scale:.3g} {c.loss:.3f} {right:.1f} {loss:.3f}"
+                for c, (right, loss) in zip(choice.candidates(), values, strict=True)
+            ]
+            print(f"{target} {draw} {scale} | " + " | ".join(shown), flush=True)
+            for name, value in zip(KINDS, values, strict=True):
+                found[f"{scale} | {name}"][target].append(value)
+            for errors in ERRORS:
+                found[f"{scale} | {errors:g} standard errors"][target].append(values[choice.first_within(errors)])
     for name, by_target in found.items():
-        print(f"{name}: {mean(mean(v) for v in by_target.values()):.2f}")
+        right, loss = (mean(mean(v[at] for v in values) for values in by_target.values()) for at in (0, 1))
+        print(f"{name}: {right:.2f} {loss:.3f}")
+
+
+def _scale(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def _once(found: dict[str, CrossFit], name: str, compute: Callable[[], CrossFit]) -> CrossFit:
+    if name not in found:
+        found[name] = compute()
+    return found[name]
 
 
 if __name__ == "__main__":
