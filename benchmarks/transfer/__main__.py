@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     suite = suite_named(options.suite)
     if options.backbone:
-        suite = replace(suite, backbone=options.backbone)
+        suite = replace(suite, backbone=options.backbone, made_by="")
     verbs: dict[str, Callable[[Suite, argparse.Namespace], int]] = {"run": _run, "report": _report, "audit": _audit}
     try:
         return verbs[options.verb](suite, options)
@@ -59,8 +59,8 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
 
     part = Part(*(tuple(chosen) if chosen else None for chosen in (options.tasks, options.arms, options.seeds)))
     part.wanted(suite)  # a wrong name must not cost an hour
-    tasks = load_tasks(suite, options.data)
     backbone = _backbone(suite, options)
+    tasks = load_tasks(suite, options.data)
     if options.precision == ROUNDED and not has_fast_bf16(backbone.device):
         say(
             f"--precision {ROUNDED}: this processor has no instructions for bfloat16 and is many times faster with fp32"
@@ -79,6 +79,11 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
 
 
 def _backbone(suite: Suite, options: argparse.Namespace) -> Backbone:
+    if suite.made_by and not Path(suite.backbone).is_dir():
+        raise PituningError(
+            f"suite {suite.name!r} wants the backbone {suite.backbone}, which is not there: {suite.made_by} makes it and says "
+            "how (or give another one as --backbone)"
+        )
     if options.precision != ROUNDED:
         return load_backbone(suite.backbone, device=options.device)
     return load_backbone(suite.backbone, device=options.device, dtype=torch.bfloat16)

@@ -95,6 +95,7 @@ class Suite:
             made pictures repeat by design, and the pictures do not (docs/scenes.md).
         top: experts that are blended by every arm but π, which has its own default.
         search: the grid of every arm; its ``fold_seed`` is the seed's.
+        made_by: where the backbone is a folder that has to be made first, the script that makes it.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Suite:
     texts_tell: bool = True
     top: int = 3
     search: Search = SEARCH
+    made_by: str = ""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -244,13 +246,14 @@ SUITES: Mapping[str, Suite] = {
         Suite(
             "t5",
             "A distilled FLAN-T5-small, LoRA, 16 shots per class, four language tasks",
-            "models/flan-t5-small",  # as benchmarks/flan_t5_small.py makes it, where no model hub can be reached
+            "models/flan-t5-small",
             ("cr", "subj"),
             ("mrpc", "trec6"),
             tuple(t for t in _CORE.sources if t not in ("agnews", "movie_reviews")),  # whose texts are the longest
             seeds=(0,),  # one core takes 2 s for a step of 32
             arms=COMPARED,
             source_rows=1000,
+            made_by="benchmarks/flan_t5_small.py",
         ),
         replace(
             _CORE,

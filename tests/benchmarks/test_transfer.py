@@ -907,3 +907,10 @@ def test_the_command_line_writes_page_pictures_and_parquet(
     assert "PARTIAL, 1 are missing" in capsys.readouterr().out
     assert main(["run", "--work", str(tmp_path / "work"), "--arms", "pie"]) == 2
     assert "did you mean 'pi'" in capsys.readouterr().err
+
+
+def test_a_backbone_that_has_to_be_made_first(tmp_path, monkeypatch, capsys):
+    """Otherwise its folder's name would be taken for one on the hub, and asked for again and again."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--suite", "t5", "--work", "work"]) == 2
+    assert "benchmarks/flan_t5_small.py makes it" in capsys.readouterr().err
