@@ -27,7 +27,8 @@ from benchmarks.draws import LIMIT, draw_options, drawn, opened
 from pituning.similarity.select import rank_experts
 from pituning.training.crossfit import CrossFit, Search
 from pituning.training.evaluation import evaluate
-from pituning.training.interpolate import ALPHA_LEARNING_RATE, choose
+from pituning.training.interpolate import choose
+from pituning.training.starts import ALPHA_LEARNING_RATE
 from pituning.training.train_expert import fold_experts
 
 ERRORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)

@@ -25,8 +25,8 @@ from pituning.interpolation.operators import merge
 from pituning.training.blend import Interpolation
 from pituning.training.crossfit import choose_cell, cross_fit
 from pituning.training.evaluation import calibrated_losses, log_loss
-from pituning.training.interpolate import ALPHA_LEARNING_RATE, choose, own_is_compared
-from pituning.training.starts import blend_start, expert_log_probabilities
+from pituning.training.interpolate import choose, own_is_compared
+from pituning.training.starts import ALPHA_LEARNING_RATE, blend_start, expert_log_probabilities
 from pituning.training.train_expert import train_expert
 from pituning.training.trainer import fit
 

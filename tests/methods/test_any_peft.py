@@ -39,6 +39,7 @@ CONFIGS = {
     "hra": peft.HRAConfig(r=4, **TARGETS),
     "ia3": peft.IA3Config(feedforward_modules=[], **TARGETS),
     "fourierft": peft.FourierFTConfig(n_frequency=10, **TARGETS),
+    "vblora": peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=8, **TARGETS),
     "ln-tuning": peft.LNTuningConfig(target_modules=["LayerNorm"]),
 }
 
@@ -89,6 +90,8 @@ def test_projections_from_a_seed(tmp_path: Path) -> None:
             r"VERA .* set save_projection=False.*\n.*PEFT saves base_model.vera_A \[4, 16\]",
         ),
         (peft.ShiraConfig(r=2, **TARGETS), r"SHIRA .*more than the tensors that it trains:\n.*shira_indices"),
+        (peft.DeloraConfig(r=2, **TARGETS), "DELORA "),
+        (peft.VBLoRAConfig(vector_length=8, save_only_topk_weights=True, **TARGETS), "VBLORA "),
         (peft.AdaLoraConfig(init_r=4, total_step=9, **TARGETS), "ADALORA .*its ranks are allocated"),
         (peft.PromptTuningConfig(num_virtual_tokens=3), "PROMPT_TUNING .*use prompt or prefix"),
         (peft.PrefixTuningConfig(num_virtual_tokens=3), "PREFIX_TUNING .*use prompt or prefix"),
@@ -98,7 +101,7 @@ def test_projections_from_a_seed(tmp_path: Path) -> None:
         ),
         (lora(trainable_token_indices=[3, 4]), "LORA .*trainable_token_indices trains rows of the embeddings"),
     ],
-    ids=["vera", "shira", "adalora", "prompt-tuning", "prefix-tuning", "bias", "tokens"],
+    ids=["vera", "shira", "delora", "vblora", "adalora", "prompt-tuning", "prefix-tuning", "bias", "tokens"],
 )
 def test_what_would_be_lost_is_refused(config: PeftConfig, said: str) -> None:
     model = build_bert(torch.float32)

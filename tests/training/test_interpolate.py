@@ -22,7 +22,7 @@ from pituning.interpolation.build import lora_factors
 from pituning.methods import attached, initial_tensors
 from pituning.tasks import Task
 from pituning.training import interpolate as module
-from pituning.training.blend import Interpolation
+from pituning.training.blend import Interpolation, blend
 from pituning.training.crossfit import CrossFit, Search
 from pituning.training.evaluation import bias_calibrated_losses
 from pituning.training.interpolate import interpolate
@@ -273,6 +273,8 @@ class TestScale:
 def test_weights_alone_without_a_rate_are_refused(bert: Backbone, random_experts: Any, make_task: Any) -> None:
     with pytest.raises(PituningError, match="alpha_learning_rate=0 would train nothing"):
         interpolate(bert, make_task(), random_experts(bert, "lora", 2, 6), train="weights", search=Search())
+    with pytest.raises(PituningError, match="alpha_learning_rate=0 would train nothing: give the settings"):
+        blend(bert, make_task(), random_experts(bert, "lora", 2, 6), train="weights", settings=TrainSettings(steps=2))
 
 
 @pytest.mark.parametrize("penalty", ["weights_to_start", "weights_spread"])

@@ -153,8 +153,8 @@ def interpolate(
     target = source.load(task)
     with output.status(f"loading {model.backbone}"):
         from pituning.training.crossfit import Search
-        from pituning.training.interpolate import ALPHA_LEARNING_RATE
         from pituning.training.interpolate import interpolate as blend
+        from pituning.training.starts import ALPHA_LEARNING_RATE
 
         experts_pool = pool.open()
         own = choice.own_expert(pool, target, output)

@@ -67,6 +67,7 @@ def run_recipe(
         RecipeError: if the recipe is not valid, wants a gallery of a task without pictures, or finds an expert in its pool
             that was trained on another number of examples than it says.
         DataError: if the data of a task cannot be found.
+        PituningError: if matplotlib is not installed; results and page are written by then, without the PNG files.
     """
     command = command or f"pituning run {recipe}"
     recipe = recipe if isinstance(recipe, Recipe) else _comparison(recipe)
@@ -99,10 +100,11 @@ def run_recipe(
         "versions": {n: version(n) for n in ("pituning", "torch", "transformers", "peft")}
         | {"python": platform.python_version()},
     }
-    from pituning.report import write_report
+    from pituning.report import PAGE, write_report
 
-    results["report"] = str(write_report(results | {"gallery": galleries}, folder))
-    write_json(folder / "results.json", results)
+    results["report"] = str(folder / PAGE)
+    write_json(folder / "results.json", results)  # first: pictures want matplotlib, which may be missing
+    write_report(results | {"gallery": galleries}, folder)
     return results
 
 

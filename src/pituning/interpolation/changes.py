@@ -211,7 +211,7 @@ def _given_start(experts: Sequence[Expert], initial: Mapping[str, Tensor] | None
     if initial is None:
         raise RefusedError(
             f"{names(experts)} are of method {experts[0].card.method!r}, which does not start at zero, so what they change is "
-            "unknown without their common start φ_0: pass initial=…, from pituning.methods.initial_tensors"
+            "unknown without their common start φ_0: pass initial=…, from pituning.experts.expert.initial_of"
         )
     expected, found = ({k: list(t.shape) for k, t in m.items()} for m in (experts[0].tensors, initial))
     if wrong := [k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]:

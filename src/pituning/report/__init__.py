@@ -1,5 +1,5 @@
 """One results mapping in, one self-contained page and its pictures out."""
 
-from pituning.report.html import write_report
+from pituning.report.html import PAGE, write_report
 
-__all__ = ["write_report"]
+__all__ = ["PAGE", "write_report"]

@@ -20,6 +20,8 @@ from pituning.report.layout import without_common_prefix
 
 Section = tuple[str, str]
 
+PAGE = "report.html"
+
 
 def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     """Write ``report.html`` and the charts as PNG files into ``folder``, and return the path of the page.
@@ -36,7 +38,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
         (folder / name).unlink(missing_ok=True)
-    page = folder / "report.html"
+    page = folder / PAGE
     page.write_text(render(results, content), encoding="utf-8")
     write_images(content, folder)
     return page

@@ -208,9 +208,9 @@ def task_names() -> list[str]:
 def load_task(name: str, *, shots: int | None = None, seed: int = 0, data: str | Path | None = None) -> Task:
     """Load a task by name.
 
-    The files are looked for in ``data``, then in the folder that the environment variable PITUNING_DATA names, then in
-    ``../shared/data/text``, then among the samples packaged for the demo, then by name through `datasets`. Each of
-    these places holds one folder per task with ``train.tsv``, ``dev.tsv``, ``test.tsv`` (or .csv, .jsonl).
+    The files are looked for in ``data`` alone where it is given; otherwise in the folder that the environment variable
+    PITUNING_DATA names, in ``../shared/data/text``, among the samples packaged for the demo, and by name through
+    `datasets`. Each of these places holds one folder per task with ``train.tsv``, ``dev.tsv``, ``test.tsv`` (or .csv, .jsonl).
 
     Args:
         shots: labelled examples per class, validation included; ``None`` keeps the full data.

@@ -14,7 +14,13 @@ from pituning.interpolation.build import Granularity, group_names, is_lora
 from pituning.interpolation.collapse import collapse
 from pituning.interpolation.mixture import Mixture, ProductMixture
 from pituning.tasks.task import Task
-from pituning.training.starts import blend_start, calibrated_loss, initial_weights, require_consistent
+from pituning.training.starts import (
+    blend_start,
+    calibrated_loss,
+    initial_weights,
+    require_consistent,
+    require_something_to_train,
+)
 from pituning.training.train_expert import dev_examples
 from pituning.training.trainer import TrainSettings, fit, settings_dict
 
@@ -104,7 +110,9 @@ def blend(
     on, as in the paper; of a few shots it then drifts to the own expert: use :func:`interpolate` for those.
 
     Args:
-        settings: of the run; ends with the best state on the dev split, where there is one and ``keep_best`` is set.
+        settings: of the run. Its ``alpha_learning_rate`` is zero unless it is given, and then the weights stay where they
+            start; the paper trains them. A run ends with the best state on the dev split, where there is one and
+            ``keep_best`` is set.
         init: starting weights, as in :func:`choose`; given numbers are for ``experts``, and the own expert gets an equal
             share beside them.
         train, granularity, coefficients, temperature, scale, rank, max_error: as in :func:`interpolate` and :func:`choose`.
@@ -115,6 +123,7 @@ def blend(
     """
     require_consistent(experts, own, init, "auto", similarities)
     require_rank(experts, rank, max_error)
+    require_something_to_train(train, settings.optimizer, settings.alpha_learning_rate, "settings")
     members = (*experts, *([own] if own is not None else []))
     for expert in members:
         expert.require_backbone(backbone)

@@ -21,6 +21,7 @@ from pituning.tasks.task import Task
 from pituning.training.blend import Candidate, Interpolation, blended_card, collapsed, require_rank
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_standard_errors
 from pituning.training.starts import (
+    ALPHA_LEARNING_RATE,
     blend_start,
     calibrated_loss,
     expected_scale,
@@ -28,12 +29,11 @@ from pituning.training.starts import (
     initial_weights,
     kept_start,
     require_consistent,
+    require_something_to_train,
 )
 from pituning.training.train_expert import fold_experts
 from pituning.training.trainer import fit
 
-ALPHA_LEARNING_RATE = 1e-2
-"""Of α in the search that is made where none is given."""
 EVIDENCE = 2.0
 """Standard errors by which the blend's held-out loss must be behind for another candidate to be taken."""
 
@@ -127,11 +127,7 @@ def choose(
             f"train={train!r} holds the weights, so that nothing is there to regularise: train them "
             "(train='weights', 'shared' or 'experts'), or leave weights_to_start and weights_spread out"
         )
-    if train == "weights" and search.optimizer == "adamw" and not search.alpha_learning_rate:
-        raise PituningError(
-            "train='weights' with alpha_learning_rate=0 would train nothing: "
-            f"give the search a rate for α (without a search it is {ALPHA_LEARNING_RATE:g})"
-        )
+    require_something_to_train(train, search.optimizer, search.alpha_learning_rate, "search")
     for expert in (*experts, *([own] if own else [])):
         expert.require_backbone(backbone)
     examples = task.split("train")

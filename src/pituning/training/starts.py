@@ -24,6 +24,8 @@ from pituning.training.module import running
 
 INITS = ("uniform", "similarity", "score")
 INCLUDE_OWN = ("auto", True, False)
+ALPHA_LEARNING_RATE = 1e-2
+"""Of α in the search that is made where none is given."""
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 """What the sum of a blend's weights is a mean of."""
 
@@ -159,6 +161,22 @@ def require_consistent(
             )
     elif len(init) != len(experts):
         raise PituningError(f"init has {len(init)} weights for {len(experts)} experts")
+
+
+def require_something_to_train(train: str, optimizer: str, alpha_learning_rate: float, given: str) -> None:
+    """Weights alone, by gradients, want a rate for α.
+
+    Args:
+        given: what the rate is a setting of, for the message.
+
+    Raises:
+        PituningError: if it is zero.
+    """
+    if train == "weights" and optimizer == "adamw" and not alpha_learning_rate:
+        raise PituningError(
+            "train='weights' with alpha_learning_rate=0 would train nothing: "
+            f"give the {given} a rate for α, such as {ALPHA_LEARNING_RATE:g}"
+        )
 
 
 def initial_weights(
