@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,21 @@ def small(tmp_path: Path, t5: Backbone, monkeypatch: pytest.MonkeyPatch) -> Tabl
         },
     }  # fmt: skip
     return TableRecipe(**values)  # type: ignore[arg-type]
+
+
+def test_inputs_of_the_chosen_tasks_alone_and_what_their_metrics_need(
+    small: TableRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert small.missing_inputs() == []
+    (Path(str(small.data)) / "glue_data" / "sst2_dev.tsv").unlink()
+    assert len(small.missing_inputs()) == 1
+    assert small.missing_inputs(["glue-cola"]) == []
+    captioned = small.tasks["glue-cola"].model_copy(update={"evaluate": ["test:METEOR", "test:BLEU-4"]})
+    recipe = small.model_copy(update={"tasks": {"glue-cola": captioned}})
+    assert recipe.missing_inputs() == [] or shutil.which("java") is None
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    (missing,) = recipe.missing_inputs()
+    assert missing.startswith("task 'glue-cola': METEOR is a Java program")
 
 
 def test_a_table_runs_stage_by_stage_and_computes_nothing_twice(

@@ -9,14 +9,17 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pycocoevalcap
 import pytest
 import sacrebleu
 
+from pituning.backbones.base import Backbone
 from pituning.errors import DataError, MissingDependencyError
 from pituning.metrics import captions
 from pituning.metrics.captions import bleu_4, caption_words, cider_d, meteor, spice
+from pituning.training.evaluation import evaluate
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime here")
 
@@ -272,6 +275,15 @@ def test_a_java_that_hangs_or_fails_is_said(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(subprocess, "run", hangs)
     with pytest.raises(DataError, match="4 examples after 3600 seconds"):
         meteor(REFERENCES, FOUND)
+
+
+def test_what_is_missing_is_said_before_anything_is_answered(
+    bert: Backbone, make_task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr("pituning.training.evaluation._answers", lambda *args, **kwargs: pytest.fail("answered"))
+    with pytest.raises(MissingDependencyError, match="METEOR is a Java program"):
+        evaluate(bert, None, make_task(), metrics=["METEOR"])
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pituning.errors import PituningError, unknown_name
+from pituning.errors import MissingDependencyError, PituningError, unknown_name
+from pituning.metrics.registry import metric_named
 from pituning.training.trainer import TrainSettings
 
 Stage = Literal["experts", "fisher", "interpolation"]
@@ -157,17 +158,26 @@ class TableRecipe(_Strict):
         """What a blend is called in its folder."""
         return self.expert_name(task, PI)
 
-    def missing_inputs(self) -> list[str]:
-        """What has to be there before the recipe can run, and is not: the backbone's folder and the tasks' files."""
+    def missing_inputs(self, tasks: Sequence[str] = ()) -> list[str]:
+        """What has to be there before the recipe can run, and is not: the backbone's folder, and of the tasks (all by
+        default) the files, and what their metrics need.
+        """
         from pituning.tasks.task import load_task
 
         missing = missing_backbone(self.backbone)
-        for name, section in self.tasks.items():
+        for name in tasks or self.tasks:
+            section = self.tasks[name]
             try:
                 task = load_task(name, data=self.data)
             except PituningError as error:
                 missing.append(str(error))
                 continue
+            columns = [column.partition(":")[2] for column in section.evaluate]
+            for metric in dict.fromkeys((task.metric, *task.more_metrics, *filter(None, columns))):
+                try:
+                    metric_named(metric).require()
+                except MissingDependencyError as error:
+                    missing.append(f"task {name!r}: {error}")
             wanted = {"train", *(column.split(":")[0] for column in section.evaluate)}
             missing += [f"task {name!r}: no split {split!r}" for split in sorted(wanted) if not task.splits.get(split)]
         return missing

@@ -48,12 +48,12 @@ def run_table(
         figure, as far as they are known.
 
     Raises:
-        RecipeError: if an input is missing; all of them are listed.
+        RecipeError: if an input of these tasks is missing; all of them are listed.
         UnknownNameError: for a task that the recipe does not have.
     """
     if wrong := [t for t in tasks if t not in recipe.tasks]:
         raise unknown_name("task of the recipe", wrong[0], recipe.tasks)
-    if missing := recipe.missing_inputs():
+    if missing := recipe.missing_inputs(tasks):
         raise RecipeError(f"{recipe.title}: {len(missing)} input(s) are missing, nothing was run:{listed(missing)}")
     run = _Run(recipe, Path(output or recipe.output), tasks or tuple(recipe.tasks), progress)
     start = time.perf_counter()

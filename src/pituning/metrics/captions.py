@@ -115,6 +115,7 @@ def meteor(truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
     Raises:
         MissingDependencyError: without Java or `pycocoevalcap`.
     """
+    require_meteor()
     references, answers = _tokenised(truth, found)
     jar = _package("meteor.meteor") / "meteor-1.5.jar"
     lines = [" ||| ".join(["SCORE", *references[i], answers[i][0].replace("|||", "")]) for i in references]
@@ -132,6 +133,36 @@ def spice(truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
         MissingDependencyError: without Java (8 to 14: it uses a script engine that later ones lack), `pycocoevalcap`, or
             Stanford CoreNLP's files, which are not part of it.
     """
+    require_spice()
+    references, answers = _tokenised(truth, found)
+    return float(_quiet(_evaluator("spice.spice", "Spice")().compute_score, references, answers)[0])
+
+
+def require_package() -> None:
+    """What BLEU-4 and CIDEr-D need is there.
+
+    Raises:
+        MissingDependencyError: if it is not.
+    """
+    _package("cider.cider")
+
+
+def require_meteor() -> None:
+    """What METEOR needs is there.
+
+    Raises:
+        MissingDependencyError: if it is not.
+    """
+    _require_java("METEOR")
+    _package("meteor.meteor")
+
+
+def require_spice() -> None:
+    """What SPICE needs is there, but for the version of Java.
+
+    Raises:
+        MissingDependencyError: if it is not.
+    """
     _require_java("SPICE")
     library = _package("spice.spice") / "lib"
     if not all((library / f"stanford-corenlp-3.6.0{part}.jar").exists() for part in ("", "-models")):
@@ -139,8 +170,6 @@ def spice(truth: Sequence[Sequence[str]], found: Sequence[str]) -> float:
             f"SPICE needs stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar in {library}; they come from "
             "Stanford's CoreNLP 3.6.0, and nothing is downloaded for you"
         )
-    references, answers = _tokenised(truth, found)
-    return float(_quiet(_evaluator("spice.spice", "Spice")().compute_score, references, answers)[0])
 
 
 def _tokenised(
@@ -203,6 +232,12 @@ def _run_meteor(jar: Path, lines: Sequence[str], expected: int) -> list[str]:
     return answers
 
 
+NEEDS: Mapping[str, Callable[[], None]] = {
+    "BLEU-4": require_package,
+    "CIDEr-D": require_package,
+    "METEOR": require_meteor,
+    "SPICE": require_spice,
+}
 METRICS: Mapping[str, Callable[[Sequence[Sequence[str]], Sequence[str]], float]] = {
     "BLEU-4": bleu_4,
     "CIDEr-D": cider_d,

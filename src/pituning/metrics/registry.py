@@ -20,20 +20,22 @@ class Metric:
         answers: what it compares: positions among closed choices; boxes (or ``None``); texts; texts with several
             *references* each; or texts with the confidence of every answer (*soft*).
         compute: from the right answers and those found, in the same order, to a value; larger = better.
+        require: raises :class:`pituning.errors.MissingDependencyError` where a package or program that it needs is not there.
     """
 
     name: str
     answers: Answers
     compute: Callable[[Sequence[Any], Sequence[Any]], float]
+    require: Callable[[], None] = lambda: None
 
 
 _METRICS = {
     **{name: Metric(name, "choice", compute) for name, compute in classification.METRICS.items()},
     **{name: Metric(name, "box", compute) for name, compute in boxes.METRICS.items()},
     **{name: Metric(name, "text", compute) for name, compute in text.METRICS.items()},
-    **{name: Metric(name, "references", compute) for name, compute in captions.METRICS.items()},
+    **{name: Metric(name, "references", compute, captions.NEEDS[name]) for name, compute in captions.METRICS.items()},
     **{name: Metric(name, "references", compute) for name, compute in scenes.METRICS.items()},
-    **{name: Metric(name, "references", compute) for name, compute in summaries.METRICS.items()},
+    **{n: Metric(n, "references", compute, summaries.require_package) for n, compute in summaries.METRICS.items()},
     **{name: Metric(name, "soft", compute) for name, compute in vqa.METRICS.items()},
 }
 

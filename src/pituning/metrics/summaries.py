@@ -20,10 +20,9 @@ def rouge(kind: str, truth: Sequence[Sequence[str]], found: Sequence[str]) -> fl
         DataError: if there are no examples, or one has no reference.
         MissingDependencyError: without the package.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise MissingDependencyError("ROUGE needs the package rouge-score: pip install 'pituning[metrics]'") from error
+    require_package()
+    from rouge_score.rouge_scorer import RougeScorer
+
     if not truth:
         raise DataError("ROUGE needs at least one example")
     if empty := [n for n, references in enumerate(truth) if not references]:
@@ -34,6 +33,18 @@ def rouge(kind: str, truth: Sequence[Sequence[str]], found: Sequence[str]) -> fl
         for references, answer in zip(truth, found, strict=True)
     ]
     return float(sum(scores) / len(scores))
+
+
+def require_package() -> None:
+    """What ROUGE needs is there.
+
+    Raises:
+        MissingDependencyError: if it is not.
+    """
+    try:
+        import rouge_score.rouge_scorer  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("ROUGE needs the package rouge-score: pip install 'pituning[metrics]'") from error
 
 
 METRICS: Mapping[str, Callable[[Sequence[Sequence[str]], Sequence[str]], float]] = {

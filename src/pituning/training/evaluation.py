@@ -88,9 +88,12 @@ def evaluate(
         ExpertError: if the expert does not fit the backbone.
         RefusedError: if a metric does not fit the task's answers, or the backbone cannot give such answers.
         UnknownNameError: if there is no metric of that name.
+        MissingDependencyError: if a metric needs a package or program that is not there.
     """
     examples = tuple(task.split(split, limit))  # made once, their pictures only when they are opened
     wanted = [metric_named(name) for name in dict.fromkeys((task.metric, *task.more_metrics, *metrics))]
+    for metric in wanted:
+        metric.require()  # before hours of answering
     kind = _answer_kind(task, examples)
     truths = {metric.name: _truth(metric, task, kind, examples) for metric in wanted}
     with _carried(backbone, expert):
