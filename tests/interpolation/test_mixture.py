@@ -599,3 +599,27 @@ def test_parameter_space_warns_where_the_coordinates_differ(bert: Backbone, rand
     build_mixture(
         [random_expert(bert, "lora", 3), random_expert(bert, "lora", 4).with_card(init_hash="another")], train="none"
     )
+
+
+class TestHalfPrecision:
+    """One expert that is stored in bfloat16, as on a backbone of bfloat16: in it most of an optimizer's steps would be lost."""
+
+    @pytest.mark.parametrize("method", ["lora", "bottleneck"])
+    @pytest.mark.parametrize("train", ["experts", "merge-then-tune", "shared"])
+    def test_what_is_trained_is_held_in_float32(
+        self, bert: Backbone, random_expert: Any, method: str, train: str
+    ) -> None:
+        expert = random_expert(bert, method)
+        expert = replace(expert, tensors={k: t.bfloat16() for k, t in expert.tensors.items()})
+        initial = initial_tensors(bert, expert.config)
+        mixture, _ = build_mixture([expert], train=train, initial=initial)
+        assert {p.dtype for p in mixture.parameters() if p.requires_grad} == {torch.float32}
+        if train != "shared":  # which has further factors
+            assert all(torch.equal(t, expert.tensors[k].float()) for k, t in mixture().items())
+
+    @pytest.mark.parametrize("method", ["lora", "bottleneck"])
+    def test_what_is_frozen_stays_as_it_is(self, bert: Backbone, random_expert: Any, method: str) -> None:
+        expert = random_expert(bert, method)
+        expert = replace(expert, tensors={k: t.bfloat16() for k, t in expert.tensors.items()})
+        mixture, _ = build_mixture([expert], train="none")
+        assert all(torch.equal(t, expert.tensors[k]) and t.dtype == torch.bfloat16 for k, t in mixture().items())

@@ -23,6 +23,7 @@ from pituning.errors import RefusedError
 from pituning.interpolation.coefficients import Coefficients, entropy
 
 TRAIN_MODES = ("experts", "shared", "weights", "none", "merge-then-tune")
+_FROZEN = ("weights", "none")
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,9 @@ class ParameterMixture(Mixture):
         self._members: list[list[str]] = [[n for n in experts[0] if groups[n] == g] for g in range(len(weights))]
         self._shapes = {name: tensor.shape for name, tensor in experts[0].items()}
         self.single = self._runs_alone()
+        as_it_is = self.single and train in _FROZEN
         stacked = [
-            torch.stack(_one_dtype([_flatten(e, names) for e in experts], self.single)) for names in self._members
+            torch.stack(_one_dtype([_flatten(e, names) for e in experts], as_it_is)) for names in self._members
         ]
         for index, names in enumerate(self._members):
             origin = None if base is None else _flatten(base, names).to(stacked[index])
@@ -195,14 +197,16 @@ class ProductMixture(Mixture):
         self.has_bias = any(f.bias is not None for e in experts for f in e.values())
         self.a, self.b, self.bias = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         self.delta_a, self.delta_b = nn.ParameterList(), nn.ParameterList()
-        # One expert alone runs with its own tensors and its own scaling, so that not a bit changes.
+        # One expert alone runs with its own tensors and its own scaling, so that not a bit changes;
+        # where it is trained, then in float32 at least.
         self.single = self._runs_alone() and train != "shared"
+        as_it_is = self.single and train in _FROZEN
         fold = train == "merge-then-tune" and not self.single
         start = self.weights().detach()
         for index, name in enumerate(self.modules_mixed):
             held = [(k, e[name]) for k, e in enumerate(experts) if name in e]
-            a = torch.cat(_one_dtype([f.a for _, f in held], self.single))
-            b = torch.cat(_one_dtype([f.b for _, f in held], self.single), dim=1)
+            a = torch.cat(_one_dtype([f.a for _, f in held], as_it_is))
+            b = torch.cat(_one_dtype([f.b for _, f in held], as_it_is), dim=1)
             dtype = torch.promote_types(a.dtype, b.dtype)
             owner = torch.tensor([k for k, _ in held])
             ranks = torch.tensor([f.a.shape[0] for _, f in held])
@@ -221,8 +225,8 @@ class ProductMixture(Mixture):
             if self.has_bias:
                 self.bias.append(self._hold(biases, trained))
             if delta is not None:
-                self.delta_a.append(self._hold(delta[name].a.clone(), True))
-                self.delta_b.append(self._hold(delta[name].b * delta[name].scaling, True))
+                self.delta_a.append(self._hold(delta[name].a.to(dtype, copy=True), True))
+                self.delta_b.append(self._hold(delta[name].b.to(dtype) * delta[name].scaling, True))
                 for parameter in (self.delta_a[-1], self.delta_b[-1]):
                     # or its gradient would keep all of the stacked factors' alive, of which it is a part
                     parameter.register_hook(torch.clone)
@@ -285,9 +289,11 @@ def _flatten(expert: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     return torch.cat([expert[n].detach().flatten() for n in names]) if names else torch.zeros(0)
 
 
-def _one_dtype(tensors: Sequence[Tensor], alone: bool) -> list[Tensor]:
-    """Tensors in one dtype that holds all of them, at least float32; those of an expert that runs alone as they are."""
-    if alone:
+def _one_dtype(tensors: Sequence[Tensor], as_they_are: bool) -> list[Tensor]:
+    """Tensors in one dtype that holds all of them, and at least float32: in half precision most of an optimizer's steps
+    would be rounded away.
+    """
+    if as_they_are:
         return list(tensors)
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
     return [t.to(dtype) for t in tensors]
