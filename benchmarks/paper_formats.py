@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -228,6 +229,7 @@ def measure(data: Path, work: Path, names: Sequence[str]) -> list[dict[str, Any]
         where = ["--backbone", work / kind, "--pool", work / "experts" / kind, "--data", data]
         start = time.perf_counter()
         logs = work / "logs" / name
+        shutil.rmtree(logs, ignore_errors=True)  # of an earlier measurement
         trained = pituning("train", name, *where, *SETTINGS, "--epochs", EPOCHS[name], "--log-dir", logs)
         seconds = time.perf_counter() - start
         task = load_task(name, data=data)

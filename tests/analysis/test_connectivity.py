@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from pituning.analysis import connectivity
-from pituning.analysis.affine import affine_expert
+from pituning.analysis import connectivity, leave_one_out
+from pituning.analysis.affine import affine_expert, measured
 from pituning.backbones.base import Backbone
-from pituning.errors import BackboneMismatchError, DataError, RefusedError
+from pituning.errors import BackboneMismatchError, DataError, PituningError, RefusedError
 from pituning.experts import Expert
 from pituning.tasks import Task
-from pituning.training.evaluation import evaluate
+from pituning.training.evaluation import Evaluation, evaluate
 
 
 def merged_losses(backbone: Backbone, task: Task, deltas: dict[str, torch.Tensor], with_deltas: Any) -> np.ndarray:
@@ -107,6 +107,49 @@ def test_opposite_experts_meet_at_the_bare_backbone(bert: Backbone, random_exper
     assert found.values[1] == bare.value == 0
     assert found.barrier_at == 0.5
     assert found.barrier == pytest.approx(bare.metrics["log-loss"] - sum(ends) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_an_error(
+    bert: Backbone, random_expert: Any, make_task: Any, message: Any, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    task, experts = make_task(tests=6), [random_expert(bert, "lora", s, name=f"e{s}") for s in range(2)]
+
+    def spoilt(backbone: Backbone, expert: Expert, *arguments: Any) -> Any:
+        found = evaluate(backbone, expert, *arguments)
+        bad = (value,) * 4 + found.losses[4:] if expert.name in ("t=0.500", "without e0") else found.losses
+        return replace(found, losses=bad)
+
+    monkeypatch.setattr("pituning.analysis.affine.evaluate", spoilt)
+    text = "is not a finite number for 4 of 6 examples of target/test, such as 'target/test/0'"
+    found = message(connectivity, bert, task, *experts, 3, "test")
+    assert f"the log-loss at t = 0.5 between 'e0' and 'e1' {text}" in found
+    found = message(leave_one_out, bert, task, experts, split="test")
+    assert f"the log-loss of the blend 'without e0' {text}" in found
+
+
+def test_scores_that_are_no_numbers_are_an_error_that_says_where(
+    bert: Backbone, random_expert: Any, make_task: Any, message: Any
+) -> None:
+    plus = random_expert(bert, "lora", 1, scale=1e30, name="plus")  # it overflows
+    fine = random_expert(bert, "lora", 2, name="fine")
+    assert "the log-loss at t = 0.5 between 'fine' and 'plus' cannot be measured" in message(
+        connectivity, bert, make_task(), fine, plus, 3, "test"
+    )
+
+
+def test_examples_without_an_answer_have_no_loss_anywhere(
+    bert: Backbone, random_expert: Any, make_task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, expert = make_task(tests=3), random_expert(bert, "lora", 1)
+    first, *others = task.split("test")
+    task = replace(task, splits={"test": (replace(first, target=""), *others)})
+    found = Evaluation("target", "test", "e", "accuracy", {}, (), (float("nan"), 0.5, 0.25))
+    monkeypatch.setattr("pituning.analysis.affine.evaluate", lambda *_: found)
+    assert measured(bert, expert, "here", task, "test", None) is found
+    found = replace(found, losses=(0.5, 0.25, float("nan")))
+    with pytest.raises(PituningError, match="the log-loss here is not a finite number for 1 of 2"):
+        measured(bert, expert, "here", task, "test", None)
 
 
 def test_what_does_not_fit_is_refused(

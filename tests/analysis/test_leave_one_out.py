@@ -64,6 +64,28 @@ def test_weights_of_groups_are_scaled_group_by_group(
         assert member.weight == pytest.approx(rows[:, k].mean())
 
 
+def test_weights_of_groups_stay_with_their_groups_where_the_experts_adapt_different_modules(
+    bert: Backbone, random_expert: Any, make_task: Any, lora_deltas: Any, with_deltas: Any
+) -> None:
+    """Without the first expert the groups come in another order, and without the last there are fewer."""
+    adapted = (["value"], ["query", "value"], ["query", "output.dense"])
+    experts = [random_expert(bert, "lora", s, target_modules=t, name=f"e{s}") for s, t in enumerate(adapted)]
+    task, groups = make_task(tests=4), group_names(experts, "module")
+    assert group_names(experts[1:], "module") != [g for g in groups if g in group_names(experts[1:], "module")]
+    rows = np.random.default_rng(1).dirichlet([1, 1, 1], len(groups))
+    rows[[n for n, g in enumerate(groups) if g.endswith("output.dense")]] = [0.0, 0.0, 1.0]
+    found = leave_one_out(bert, task, experts, torch.tensor(rows), split="test", granularity="module")
+    dense = [lora_deltas(e) for e in experts]
+    for k, member in enumerate(found.without):
+        deltas: dict[str, torch.Tensor] = {}
+        for m, row in zip(groups, rows, strict=True):
+            others = [i for i in range(3) if i != k]
+            if any(m in dense[i] for i in others):
+                scale = row.sum() / row[others].sum()
+                deltas[m] = sum(float(scale * row[i]) * dense[i][m] for i in others if m in dense[i])
+        assert member.log_loss == pytest.approx(merged_losses(bert, task, deltas, with_deltas).mean(), rel=1e-5)
+
+
 def test_of_two_experts_the_other_one_remains(bert: Backbone, random_experts: Any, make_task: Any) -> None:
     from pituning import evaluate
 

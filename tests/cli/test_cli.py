@@ -18,6 +18,7 @@ from pituning.cli.interpolate import Granularity, TrainMode
 from pituning.cli.options import PromptTypeName, TaskKind
 from pituning.cli.rank import Reference
 from pituning.experts import Expert, ExpertPool
+from pituning.experts.expert import file_hash
 from pituning.interpolation.build import GRANULARITIES
 from pituning.interpolation.mixture import TRAIN_MODES
 from pituning.similarity.embedding import REFERENCES
@@ -195,6 +196,9 @@ class TestErrors:
             ["train", "mine", "--train-file", "a.tsv"],
             ["train", "mine", "--text-column", "sentence"],
             ["embed", "--train-file", "a.tsv", *LABELS],
+            ["embed", "mine", *LABELS],
+            ["embed", "--task-kind", "vqa"],
+            ["train", "mine", "--train-file", "a.tsv", "--dev-file", "b.tsv", "--shots", "4", *LABELS],
             ["rank", "sst2", "--reference", "mine"],
             ["interpolate", "sst2", "--train-mode", "everything"],
             ["interpolate", "sst2", "--init", "0.5,half"],
@@ -235,6 +239,18 @@ class TestPool:
         assert by_name == by_folder
         stored = pool.load("word_tone").tensors
         assert by_name["tensors"] == {key: list(tensor.shape) for key, tensor in stored.items()}
+
+    def test_trained_on_all_examples_is_said_where_the_card_says_so(self, pool: ExpertPool) -> None:
+        card = pool.load("word_tone").card
+        pool.add(pool.load("word_tone").with_card(training={**card.training, "examples": 16}), "trained")
+        shown = {name: run("pool", "show", name, "--pool", pool.folder).stdout for name in ("trained", "word_tone")}
+        assert "all examples" in shown["trained"]
+        assert "trained on" not in shown["word_tone"]
+        rows = {
+            row.split()[0]: row.split() for row in run("pool", "list", "--pool", pool.folder).stdout.splitlines() if row
+        }
+        assert "all" in rows["trained"]
+        assert "all" not in rows["word_tone"]
 
     def test_verify(self, pool: ExpertPool, bert: Path) -> None:
         assert "all 2 experts ok" in run("pool", "verify", "--pool", pool.folder).stdout
@@ -345,7 +361,9 @@ class TestWork:
         assert (found["examples"], found["split"]) == (5, "train")
         run("embed", tmp_path / "expert", *own[1:], "--reference", "own")
         assert (tmp_path / "expert" / "task_embedding.safetensors").is_file()
-        again = run("train", *own, *where, *logs, "--steps", 5, "--method", "bottleneck", "--resume")
+        again = run(
+            "train", *own, *where, *logs, "--steps", 5, "--learning-rate", 0.01, "--method", "bottleneck", "--resume"
+        )
         assert "no checkpoint" not in again.stderr
         assert Expert.load(tmp_path / "expert").card.training["steps_taken"] == 5
 
@@ -361,9 +379,25 @@ class TestWork:
         assert "is no expert, so it is not replaced" in error(*train, "--out", tmp_path / "notes")
         assert "holds a lora expert for word_tone" in error(*train, "--save", "word_tone")
         assert "cannot be the name of an expert" in error(*train, "--save", "../away")
+        card = pool.folder / "pocket_gear" / "expert.json"
+        card.write_text(json.dumps({**json.loads(card.read_text()), "schema": 99}))
+        assert "a later version of pituning wrote (schema 99)" in error(*train, "--save", "pocket_gear")
         before = pool.load("word_tone").tensors
         run("train", "word_tone", *shared, "--steps", 1)  # its own kind: a second run of the same command
         assert any(not before[key].equal(tensor) for key, tensor in pool.load("word_tone").tensors.items())
+
+    def test_out_is_the_folder_that_it_says(
+        self, shared: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        train = ["train", "movie_quotes", *shared, "--steps", 1]
+        assert "needs a name without a leading dot" in error(*train, "--out", tmp_path / ".hidden")
+        assert "needs a name without a leading dot" in error(*train, "--out", "/")
+        run(*train, "--out", tmp_path / "mine")
+        monkeypatch.chdir(tmp_path / "mine")
+        before = file_hash(tmp_path / "mine" / "adapter_model.safetensors")
+        assert run_json(*train, "--seed", 1, "--out", ".")["folder"] == str(tmp_path / "mine")
+        assert file_hash(tmp_path / "mine" / "adapter_model.safetensors") != before
+        assert not (tmp_path / "mine" / "mine").exists()
 
     def test_embed_pool_then_rank_by_fisher(self, shared: list[object], pool: ExpertPool) -> None:
         found = run_json("embed", *shared)

@@ -19,6 +19,7 @@ from tests.backbones.ofa.conftest import build_backbone
 from tests.cli.test_cli import error, run, run_json
 
 COLOURS = {"red": (200, 0, 0), "blue": (0, 0, 200)}
+LABELS = ("entailment", "neutral", "contradiction")
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def data(tmp_path: Path) -> Path:
                 {
                     "refcoco": [str(n), "i", words(), "1,2,20,25", image],
                     "vqa": [str(100 + n), "i", words(), f"1.0|!+{colour}&&0.3|!+no", "", image],
-                    "snli_ve": [f"{n}.jpg#0", "i", image, words(), words(), rng.choice(["entailment", "neutral"])],
+                    "snli_ve": [f"{n}.jpg#0", "i", image, words(), words(), LABELS[n % 3]],
                     "caption": [str(n), str(n), f"{words()}&&{words()}", "", image],
                 }[kind]
             )

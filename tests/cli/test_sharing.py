@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import safetensors.torch
 import torch
+from peft import LoraConfig
 from transformers import BertModel
 
+from pituning.backbones import load_backbone
+from pituning.cli.train import _typed
 from pituning.experts import Expert, ExpertPool
 from tests.cli.test_cli import error, run, run_json
 from tests.conftest import BackboneOf, RandomExpert
@@ -55,6 +60,38 @@ def test_a_folder_that_is_broken_is_not_imported(
     text = error("import", foreign, "--backbone", bert, "--any-base", "--pool", pool.folder)
     assert "expert 'foreign' is broken" in text
     assert "foreign" not in pool.names()
+
+
+def test_what_comes_or_goes_replaces_nothing(foreign: Path, pool: ExpertPool, bert: Path, tmp_path: Path) -> None:
+    at = ["--pool", pool.folder]
+    (pool.folder / "word_tone" / "embedding.json").write_text("{}")
+    before = {path: path.read_bytes() for path in pool.folder.rglob("*") if path.is_file()}
+    taken = ["--backbone", bert, *at, "--any-base", "--name", "word_tone"]
+    assert "has an expert 'word_tone' already" in error("import", foreign, *taken)
+    assert "has an expert 'word_tone' already" in error("push", "word_tone", pool.folder, *at)
+    run("push", "word_tone", tmp_path / "repository", *at)
+    assert "has an expert 'word_tone' already" in error("push", "word_tone", tmp_path / "repository", *at)
+    assert before == {path: path.read_bytes() for path in pool.folder.rglob("*") if path.is_file()}
+
+
+def test_the_backbone_of_a_proof_in_its_experts_dtype(
+    pool: ExpertPool, backbone_of: BackboneOf, random_expert: RandomExpert, bert: Path
+) -> None:
+    for name in pool.names():
+        shutil.rmtree(pool.folder / name)
+    half = load_backbone(str(bert), dtype=torch.bfloat16)
+    pool.add(random_expert(half, "lora", 1), "half")
+    where = ["--pool", pool.folder, "--backbone", bert, "--dtype", "bfloat16"]
+    assert run_json("verify", "half", *where)["failed"] == 0
+    assert run_json("pool", "verify", *where)["broken"] == 0
+    assert run_json("pool", "verify", *where[:4], code=1)["broken"] == 1
+    for verb in (["verify", "half"], ["pool", "verify"], ["graph"]):
+        assert "--dtype" in run(*verb, "--help").stdout
+        assert "--backbone" in run(*verb, *where[:2], "--dtype", "bfloat16", code=2).stderr
+
+
+def test_a_merged_encoder_encodes_labels_itself_and_the_help_says_so() -> None:
+    assert "encodes those texts itself" in " ".join(run("export", "--help").stdout.split())
 
 
 def test_verify_fails_with_exit_code_one(pool: ExpertPool) -> None:
@@ -122,7 +159,19 @@ def test_settings_of_a_method(pool: ExpertPool, bert: Path, data: Path, tmp_path
     file.write_text(json.dumps({"peft_type": "LORA", "later": 0.5}))
     assert "no setting later=0.5" in error("train", *where, "--peft-config", file)
     assert "NAME=VALUE" in run("train", *where, "--set", "r", code=2).output
+    for wrong in ("r=abc", "r=1.5", "r=None", "r=true", "use_rslora=5", "target_modules=[1]", "bias=some"):
+        assert f"--set {wrong}: expected" in " ".join(run("train", *where, "--set", wrong, code=2).output.split())
     assert "leave out" in run("train", *where, "--peft-config", file, "--set", "r=1", code=2).output
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [("use_rslora", "False", False), ("use_rslora", "TRUE", True), ("layers_to_transform", "None", None),
+     ("bias", "none", "none"), ("init_lora_weights", "pissa_niter_4", "pissa_niter_4"), ("lora_dropout", "0", 0),
+     ("target_modules", "query", "query"), ("alpha_pattern", '{"query": 3}', {"query": 3})],
+)  # fmt: skip
+def test_a_setting_is_read_as_its_fields_type(name: str, text: str, value: object) -> None:
+    assert _typed({name: text}, get_type_hints(LoraConfig)) == {name: value}
 
 
 def test_backbones_in_another_dtype(pool: ExpertPool, bert: Path, data: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,3 +116,10 @@ def test_one_shot_in_all_gets_a_remedy(message: Any) -> None:
 def test_impossible_folds(folds: int) -> None:
     with pytest.raises(DataError, match=f"cannot make {folds} folds of 6 examples"):
         stratified_folds(examples([3, 3]), folds, 0)
+
+
+def test_a_class_without_examples_is_named(message: Any) -> None:
+    pool = [replace(e, choices=(*e.choices, "class 2")) for e in examples([8, 8])]
+    assert "class 'class 2' has only 0 examples" in message(draw_shots, pool, 4, 0)
+    graded = [replace(e, answers=((e.target, 1.0),)) for e in pool]
+    assert len(draw_shots(graded, 4, 0)) == 4

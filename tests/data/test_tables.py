@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pituning.data.tables import read_table
+from pituning.data.tables import first_columns, read_table
 
 COLUMNS = ["text", "label"]
 
@@ -53,6 +53,7 @@ def test_tsv_knows_no_quotes_and_only_newlines_end_a_line(tmp_path: Path) -> Non
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", \n', 2, "not a JSON object"),
         ("a.jsonl", '{"text": "a", "label": 1}\n\n["b", 1]\n', 3, "expected a JSON object, found list"),
         ("a.jsonl", '{"text": "a"}\n', 1, "no column 'label'; the row has text"),
+        ("a.tsv", "x" * 40_000 + "\tlabel\na\n", 2, "x… (40,000 characters), label), found 1"),
     ],
 )
 def test_a_broken_row_is_named_by_file_and_line(
@@ -80,3 +81,31 @@ def test_files_that_cannot_be_read(tmp_path: Path, message: Any) -> None:
     assert "not UTF-8" in text
     huge = write(tmp_path, "huge.csv", "text,label\n" + "x" * 200_000 + ",1\n")
     assert read_table(huge, COLUMNS)[0][1]["text"] == "x" * 200_000
+
+
+def test_lists_of_texts_are_joined_as_in_ofas_files(tmp_path: Path, message: Any) -> None:
+    path = write(
+        tmp_path, "a.jsonl", '{"text": ["A cat.", "Two dogs run."], "label": [{"answer": "red"}], "more": {}}\n'
+    )
+    assert read_table(path, COLUMNS)[0][1] == {"text": "A cat.&&Two dogs run.", "label": "red"}
+    for value, said in (('{"a": 1}', "expected a text, found dict"), ('["a", null]', "is empty in part")):
+        path = write(tmp_path, "a.jsonl", f'{{"text": "a", "label": 1}}\n{{"text": {value}, "label": 1}}\n')
+        found = message(read_table, path, COLUMNS)
+        assert found.startswith(f"{path}:2 (text)")
+        assert said in found
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "columns"),
+    [
+        ("a.tsv", "x0\ty\r\n1\t2\r\n", ("x0", "y")),
+        ("a.csv", '"x0\nand more",y\n1,2\n', ("x0\nand more", "y")),
+        ("a.jsonl", '\n{"x0": 1, "y": "x1"}\n', ("x0", "y")),
+        ("a.jsonl", "[1]\n", ()),
+        ("a.jsonl", "{\n", ()),
+        ("a.txt", "x0\n", ()),
+        ("a.csv", "", ()),
+    ],
+)
+def test_the_columns_a_file_begins_with(tmp_path: Path, name: str, text: str, columns: tuple[str, ...]) -> None:
+    assert first_columns(write(tmp_path, name, text)) == columns

@@ -133,7 +133,7 @@ def test_experts_of_another_number_of_examples_are_not_taken_for_those_asked_for
 def test_a_gallery_of_a_task_without_pictures_is_refused_before_anything_is_trained(
     recipe: dict[str, Any], backbone: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RecipeError, match="'movie_quotes' have no pictures"):
+    with pytest.raises(RecipeError, match="'movie_quotes' has no pictures"):
         run({**recipe, "target": "movie_quotes"}, tmp_path, backbone)
     assert not (tmp_path / "pool").exists()
 

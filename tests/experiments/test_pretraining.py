@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 import pituning as pt
 from pituning.backbones.ofa import OFAProcessor
 from pituning.errors import RecipeError, RefusedError
+from pituning.experiments import pretraining
 from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.experiments.pretraining import INFILLING, Collator, Stream, build, pretrain
 from pituning.experiments.recipe import load_recipe
@@ -144,6 +146,43 @@ class TestRun:
         assert losses(tmp_path) == losses(whole)
         files = [folder / "model" / "model.safetensors" for folder in (whole, tmp_path)]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+    def test_goes_on_neither_backwards_nor_with_other_settings(self, recipe: PretrainRecipe, tmp_path: Path) -> None:
+        pretrain(recipe, tmp_path, steps=3)
+        for steps in (2, 3):
+            with pytest.raises(RefusedError, match=f"is to stop after {steps} steps: give more than 3"):
+                pretrain(recipe, tmp_path, resume=True, steps=steps)
+        changed = {
+            **SETTINGS,
+            "learning_rate": 2e-3,
+            "later": {"after": 2, "tasks": {"vqa": 4}},
+            "workers": 0,
+            "title": "x",
+        }
+        with pytest.raises(
+            RefusedError, match=r"learning_rate 0\.001, the recipe says 0\.002; later None, the"
+        ) as caught:
+            pretrain(PretrainRecipe(**changed), tmp_path, resume=True)
+        assert "title" not in str(caught.value)
+        assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3]
+
+    def test_what_begins_later_may_still_be_changed(self) -> None:
+        recipe, later = PretrainRecipe(**SETTINGS), {"after": 4, "tasks": {"vqa": 4}}
+        changed = PretrainRecipe(**SETTINGS | {"steps": 9, "decay_steps": 5}, later=later, decoder_prompts_after=4)
+        assert PretrainRecipe(**SETTINGS, later=later).shaped(4) == recipe.shaped(4)
+        differing = [{k for k, v in changed.shaped(n).items() if v != recipe.shaped(n)[k]} for n in (0, 4, 5)]
+        assert differing == [set(), {"decoder_prompts_after"}, {"decoder_prompts_after", "later", "steps, decay_steps"}]
+
+    def test_rates_are_of_the_steps_since_the_last_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter([10.0, 12.0, 12.0, 13.0, 13.0])
+        monkeypatch.setattr(pretraining, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        log, control = pretraining._Log(tmp_path / "log.jsonl", stop_after=5, seen=6), SimpleNamespace()
+        control.should_training_stop = False
+        log.on_train_begin(SimpleNamespace(), SimpleNamespace(global_step=0), control)
+        for step in range(1, 6):
+            log.on_step_end(SimpleNamespace(logging_steps=4), SimpleNamespace(global_step=step), control)
+        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert [(line["step"], line["examples/s"]) for line in lines] == [(4, 12.0), (5, 6.0)]
 
     def test_writes_a_backbone_in_half_precision_that_knows_the_tasks(self, whole: Path) -> None:
         backbone = pt.load_backbone(str(whole / "model"))

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import pituning as pt
-from pituning.experiments.recipe import ARMS
+from pituning.errors import MissingDependencyError, RecipeError
+from pituning.experiments import runner
+from pituning.experiments.recipe import ARMS, Recipe
 from pituning.experiments.runner import paired_interval
 
 from ..conftest import SYLLABLES, build_bert
@@ -23,8 +29,6 @@ LABELS |= {"verb_field": ("moving", "owning", "speaking", "thinking")}
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe over three tasks of made-up sentences whose words tell the label."""
-    import torch
-
     backbone = build_bert(torch.float32)
     backbone.model.save_pretrained(tmp_path / "bert")
     backbone.tokenizer.save_pretrained(tmp_path / "bert")
@@ -74,6 +78,56 @@ def test_a_recipe_runs_resumes_and_reports(recipe: Path) -> None:
     pt.run_recipe(recipe, progress=False)
     assert json.loads(dropped.read_text())["values"] == before["values"], "a resumed cell must come out the same"
     assert all(p.stat().st_mtime_ns == t for p, t in cells.items() if p != dropped), "finished cells are not run again"
+
+
+def test_a_pools_expert_is_stored_before_it_is_evaluated(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise MissingDependencyError("a metric's package is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "evaluate", fails)
+        with pytest.raises(MissingDependencyError):
+            pt.run_recipe(recipe, progress=False)
+    pool = pt.ExpertPool(recipe.parent / "pool")
+    assert pool.names() == ["word_tone"]
+    loaded, task = pt.load_recipe(recipe), {name: pt.load_task(name) for name in ("word_tone", "verb_field")}
+    assert isinstance(loaded, Recipe)
+    runner._train_pool(loaded, pt.load_backbone(loaded.backbone), task, lambda *_: None)
+    assert "test accuracy" in pool.load("verb_field").card.metrics
+
+
+def test_inputs_are_looked_at_before_anything_is_trained(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="each of them once"):
+        pt.run_recipe(recipe, seeds=[0, 0], progress=False)
+    (recipe.parent / "data" / "verb_field" / "test.tsv").unlink()
+    with pytest.raises(
+        RecipeError, match=r"1 input\(s\) are missing, nothing was run:\n  task 'verb_field': no split 'test'"
+    ):
+        pt.run_recipe(recipe, progress=False)
+    assert not (recipe.parent / "pool").exists()
+
+
+def test_cells_of_another_backbone_or_pool_are_not_taken(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pituning.report.write_report", lambda *_: None)
+    recipe.write_text(recipe.read_text().replace("[0, 1]", "[0]") + "arms: [zero-shot]\nceiling: false\n")
+
+    def run() -> tuple[set[str], set[str]]:
+        pt.run_recipe(recipe, progress=False)
+        out = recipe.parent / "out"
+        return {p.name for p in (out / "cells").iterdir()}, {p.name for p in (out / "own").iterdir()}
+
+    first = run()
+    assert run() == first
+    pool = pt.ExpertPool(recipe.parent / "pool")
+    expert = pool.load("word_tone")
+    pool.add(replace(expert, tensors={k: t * 1.5 for k, t in expert.tensors.items()}))
+    second = run()
+    assert [len(names) for names in second] == [2, 1], "the target's own expert does not depend on the pool"
+    shutil.rmtree(pool.folder)
+    backbone = build_bert(torch.float32)
+    backbone.model.embeddings.word_embeddings.weight.data *= 2
+    backbone.model.save_pretrained(recipe.parent / "bert")
+    assert [len(names) for names in run()] == [3, 2]
 
 
 def test_paired_interval_is_students() -> None:

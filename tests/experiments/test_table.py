@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import yaml
 from pituning import load_recipe, run_recipe, run_table
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError, RecipeError, UnknownNameError
+from pituning.example import Example
 from pituning.experiments.recipe import Recipe
-from pituning.experiments.table_recipe import TableRecipe
-from pituning.experts import ExpertPool
+from pituning.experiments.table_recipe import BARE, MethodSection, StageThree, TableRecipe, TrainingSection
+from pituning.experiments.table_runner import _Run
+from pituning.experts import Expert, ExpertPool
 from pituning.methods import make_config
 from pituning.metrics.registry import metric_named
-from pituning.tasks.task import _REGISTRY, task_names
+from pituning.tasks.task import _REGISTRY, Task, task_names
+from pituning.training.evaluation import Evaluation, evaluate
 from tests.backbones.ofa.conftest import build_backbone
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -118,6 +122,28 @@ class TestValidation:
         with pytest.raises(RecipeError, match="training: with shots"):
             load_recipe(self.recipe(tmp_path, shots=4))
 
+    @pytest.mark.parametrize("said", [{"label_smoothing": 0.1}, {"batch_size": 99, "weight_decay": 0.01}])
+    def test_shots_leave_every_setting_to_cross_fitting(self, tmp_path: Path, said: dict[str, Any]) -> None:
+        path = self.recipe(tmp_path, shots=4, training=said, interpolation={"training": {"alpha_learning_rate": 0.1}})
+        with pytest.raises(RecipeError, match=r"2 problem\(s\)") as caught:
+            load_recipe(path)
+        assert f"has settings of its own; leave out {', '.join(said)}" in str(caught.value)
+        assert "interpolation.training: with shots" in str(caught.value)
+        assert isinstance(load_recipe(self.recipe(tmp_path, shots=4, training={}, interpolation={})), TableRecipe)
+
+    def test_a_special_sections_epochs_take_the_place_of_general_steps(self, tmp_path: Path) -> None:
+        tasks = {"glue-rte": {"evaluate": ["test"], "training": {"epochs": 5}}, "glue-qqp": {"evaluate": ["test"]}}
+        recipe = load_recipe(self.recipe(tmp_path, training={"steps": 1000}, tasks=tasks))
+        assert isinstance(recipe, TableRecipe)
+        found = [recipe.settings("bottleneck", name) for name in tasks]
+        assert [(s.steps, s.epochs) for s in found if s] == [(None, 5), (1000, 3)]
+        blended = recipe.model_copy(update={"interpolation": StageThree(training=TrainingSection(steps=7))})
+        assert [blended.said_of_blend(name) for name in tasks] == [{"steps": 7}, {"steps": 7}]
+
+    def test_the_seed_is_the_recipes_alone(self, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match=r"training\.seed: Extra inputs"):
+            load_recipe(self.recipe(tmp_path, training={"seed": 3}))
+
     def test_missing_inputs_are_all_named_before_anything_runs(self, tmp_path: Path) -> None:
         recipe = load_recipe(self.recipe(tmp_path, data=str(tmp_path), backbone=str(tmp_path / "gone")))
         assert isinstance(recipe, TableRecipe)
@@ -158,6 +184,10 @@ def small(tmp_path: Path, t5: Backbone, monkeypatch: pytest.MonkeyPatch) -> Tabl
     return TableRecipe(**values)  # type: ignore[arg-type]
 
 
+def small_captions() -> tuple[Example, ...]:
+    return (Example("1", (), "what does it show?", "a dog"),)
+
+
 def test_inputs_of_the_chosen_tasks_alone_and_what_their_metrics_need(
     small: TableRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,12 +195,26 @@ def test_inputs_of_the_chosen_tasks_alone_and_what_their_metrics_need(
     (Path(str(small.data)) / "glue_data" / "sst2_dev.tsv").unlink()
     assert len(small.missing_inputs()) == 1
     assert small.missing_inputs(["glue-cola"]) == []
-    captioned = small.tasks["glue-cola"].model_copy(update={"evaluate": ["test:METEOR", "test:BLEU-4"]})
+    columns = ["test", "test:METEOR", "test:BLEU-4"]
+    captioned = small.tasks["glue-cola"].model_copy(update={"evaluate": columns})
     recipe = small.model_copy(update={"tasks": {"glue-cola": captioned}})
+    examples = small_captions()
+    captions = Task("glue-cola", (), {"train": examples, "test": examples}, metric="BLEU-4")
+    monkeypatch.setattr("pituning.tasks.task.load_task", lambda *_, **__: captions)
     assert recipe.missing_inputs() == [] or shutil.which("java") is None
     monkeypatch.setattr(shutil, "which", lambda name: None)
     (missing,) = recipe.missing_inputs()
     assert missing.startswith("task 'glue-cola': METEOR is a Java program")
+
+
+def test_a_metric_that_does_not_fit_the_answers_is_found_before_anything_runs(small: TableRecipe) -> None:
+    section = small.tasks["glue-cola"].model_copy(update={"evaluate": ["test", "test:METEOR", "test:acc@0.5"]})
+    recipe = small.model_copy(update={"tasks": {"glue-cola": section}})
+    meteor, boxes = recipe.missing_inputs()
+    assert meteor.startswith("tasks.glue-cola.evaluate: metric 'METEOR' compares answers of the kind 'references'")
+    assert "'acc@0.5'" in boxes
+    with pytest.raises(RecipeError, match="nothing was run"):
+        run_table(recipe, progress=False)
 
 
 def test_a_table_runs_stage_by_stage_and_computes_nothing_twice(
@@ -203,6 +247,132 @@ def test_a_table_runs_stage_by_stage_and_computes_nothing_twice(
     for name in ("train_expert", "blend", "evaluate"):
         monkeypatch.setattr(f"pituning.experiments.table_runner.{name}", fails)
     assert run_table(small, progress=False)["rows"] == results["rows"]
+    assert not list(pool.folder.glob("*-pi/task_embedding*")), "no blend is a candidate"
+
+
+class TestKeptExperts:
+    @pytest.fixture
+    def one(self, small: TableRecipe) -> TableRecipe:
+        """Bottlenecks alone, ranked without Fisher information."""
+        assert small.interpolation is not None
+        return small.model_copy(
+            update={
+                "methods": {"bottleneck": small.methods["bottleneck"]},
+                "interpolation": small.interpolation.model_copy(update={"kind": "score"}),
+            }
+        )
+
+    def test_are_refused_if_the_recipe_says_other_settings_now(self, one: TableRecipe, tmp_path: Path) -> None:
+        run_table(one, stages=["experts"], progress=False)
+        slower = TrainingSection(**{**one.training.given(), "learning_rate": 1e-4})
+        smaller = {"bottleneck": MethodSection(options={"r": 3})}
+        changed = one.model_copy(update={"training": slower, "methods": smaller})
+        with pytest.raises(RecipeError, match=r"2 problem\(s\) with experts, nothing was run") as caught:
+            run_table(changed, progress=False)
+        for part in (
+            "expert 'glue-cola-bottleneck' was made with learning_rate 0.001, the recipe says 0.0001; r 4, the recipe says 3",
+            f"Remove the folder {tmp_path / 'experts' / 'glue-cola-bottleneck'}",
+        ):
+            assert part in str(caught.value)
+        shutil.rmtree(tmp_path / "experts")
+        run_table(changed, stages=["experts"], tasks=["glue-cola"], progress=False)
+        card = ExpertPool(tmp_path / "experts").load("glue-cola-bottleneck").card
+        assert (card.training["learning_rate"], card.training["steps_taken"]) == (1e-4, 2)
+
+    def test_blends_are_refused_if_they_would_be_others_now(self, one: TableRecipe, tmp_path: Path) -> None:
+        run_table(one, progress=False)
+        assert one.interpolation is not None
+        changed = {"granularity": "model", "training": TrainingSection(steps=1, alpha_learning_rate=0.01)}
+        other = one.model_copy(update={"interpolation": one.interpolation.model_copy(update=changed)})
+        with pytest.raises(
+            RecipeError, match="'glue-cola-pi' was made with steps 3, the recipe says 1; granularity module"
+        ):
+            run_table(other, progress=False)
+        pool = ExpertPool(tmp_path / "experts")
+        expert = pool.load("glue-sst2-bottleneck")
+        pool.add(replace(expert, tensors={k: t + 0.1 for k, t in expert.tensors.items()}))
+        with pytest.raises(
+            RecipeError, match="'glue-cola-pi' was made with expert 'glue-sst2-bottleneck' as it was then"
+        ):
+            run_table(one, progress=False)
+
+    def test_named_experts_must_be_there_before_anything_runs(self, one: TableRecipe, tmp_path: Path) -> None:
+        named = one.tasks["glue-cola"].model_copy(update={"experts": ("glue-sst2", "glue-mrpc")})
+        recipe = one.model_copy(update={"tasks": {**one.tasks, "glue-cola": named}})
+        with pytest.raises(RecipeError, match="no expert 'glue-mrpc-bottleneck' in") as caught:
+            run_table(recipe, progress=False)
+        assert "glue-sst2" not in str(caught.value), "stage 1 trains it"
+        assert ExpertPool(tmp_path / "experts").names() == []
+        run_table(recipe, stages=["experts"], tasks=["glue-cola"], progress=False)
+
+    def test_blends_are_no_candidates_for_later_tasks(self, one: TableRecipe, tmp_path: Path) -> None:
+        assert one.interpolation is not None
+        section = one.interpolation.model_copy(update={"top": 3, "method": "lora"})
+        named = one.tasks["glue-cola"].model_copy(update={"experts": ("glue-rte",)})
+        recipe = one.model_copy(
+            update={
+                "methods": {"lora": MethodSection(options={"r": 2})}, "interpolation": section,
+                "tasks": {"glue-cola": named, "glue-sst2": one.tasks["glue-sst2"]}, "own": str(tmp_path / "experts"),
+            }
+        )  # fmt: skip
+        run_table(recipe, stages=["experts"], progress=False)
+        pool = ExpertPool(tmp_path / "experts")
+        third = pool.load("glue-cola-lora")
+        tensors = {k: t + 0.01 for k, t in third.tensors.items()}
+        pool.add(replace(third, tensors=tensors).with_card(task="glue-rte"), "glue-rte-lora")
+        run_table(recipe, stages=["interpolation"], progress=False)
+        lineage = [{parent["name"] for parent in pool.load(f"glue-{t}-pi").card.lineage} for t in ("cola", "sst2")]
+        assert lineage == [{f"glue-{t}-lora" for t in ts} for ts in (("rte", "cola"), ("cola", "rte", "sst2"))]
+
+    def test_full_data_experts_go_into_the_pool_and_blends_beside_it(self, one: TableRecipe, tmp_path: Path) -> None:
+        run_table(one.model_copy(update={"own": str(tmp_path / "own")}), progress=False)
+        assert ExpertPool(tmp_path / "experts").names() == ["glue-cola-bottleneck", "glue-sst2-bottleneck"]
+        assert ExpertPool(tmp_path / "own").names() == ["glue-cola-pi", "glue-sst2-pi"]
+
+
+class TestCells:
+    def test_zero_shot_transfer_is_measured_again_where_the_pool_is_another(
+        self, small: TableRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        methods = {"lora": small.methods["lora"]}
+        table = small.model_copy(update={"interpolation": None, "zero_shot": True, "methods": methods})
+        run_table(table, stages=["experts"], progress=False)
+        pool, measured = ExpertPool(tmp_path / "experts"), list[Any]()
+
+        def evaluated(backbone: Backbone, expert: Expert | None, *rest: Any, **options: Any) -> Evaluation:
+            measured.append(expert and expert.name)
+            return evaluate(backbone, expert, *rest, **options)
+
+        monkeypatch.setattr("pituning.experiments.table_runner.evaluate", evaluated)
+        run_table(table, tasks=["glue-cola"], stages=["interpolation"], progress=False)
+        assert measured == [None, "glue-sst2-lora"]
+        blended = pool.load("glue-sst2-lora").with_card(lineage=({"name": "x", "weight": 1.0},))
+        pool.add(blended, "glue-sst2-pi")
+        run_table(table, tasks=["glue-cola"], stages=["interpolation"], progress=False)
+        assert measured == [None, "glue-sst2-lora"], "nothing has changed: no blend is a candidate"
+        pool.add(blended.with_card(lineage=()), "glue-sst2-lora-again")
+        run_table(table, tasks=["glue-cola"], stages=["interpolation"], progress=False)
+        assert len(measured) == 3
+
+    def test_depend_on_backbone_precision_and_expert(
+        self, small: TableRecipe, t5: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_table(small, stages=["experts"], tasks=["glue-cola"], progress=False)
+
+        def paths(**changes: Any) -> list[Path]:
+            run = _Run(small.model_copy(update=changes), Path(small.output), ["glue-cola"], False)
+            return [run._cell("glue-cola", row) for row in (BARE, "lora")]
+
+        before = paths()
+        assert before[1].is_file()
+        assert paths() == before
+        assert not set(paths(precision="auto")) & set(before)
+        pool = ExpertPool(tmp_path / "experts")
+        expert = pool.load("glue-cola-lora")
+        pool.add(replace(expert, tensors={k: t + 0.1 for k, t in expert.tensors.items()}))
+        assert [new == old for new, old in zip(paths(), before, strict=True)] == [True, False]
+        monkeypatch.setattr(t5, "fingerprint", "another")
+        assert paths()[0] != before[0]
 
 
 def test_zero_shot_rows(small: TableRecipe) -> None:

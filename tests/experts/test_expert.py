@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -362,6 +364,61 @@ def test_a_kill_during_a_save_leaves_no_half_expert(
         assert all(torch.equal(pool.load("e").tensors[k], t) for k, t in old.tensors.items())
     pool.add(new)
     assert all(torch.equal(pool.load("e").tensors[k], t) for k, t in new.tensors.items())
+
+
+class TestAnotherProcess:
+    """A pool is read while an expert in it is replaced: the reader takes nothing away, and the save does not fail."""
+
+    @pytest.fixture
+    def replacing(self, bert: Backbone, random_expert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """``replacing(then)``: replace an expert, with ``then`` called after the earlier version is out of the way."""
+        pool = ExpertPool(tmp_path)
+        pool.add(random_expert(bert, "lora", 1), "e")
+        new = random_expert(bert, "lora", 2)
+        rename = Path.rename
+
+        def replace_it(then: Any) -> None:
+            def renamed(path: Path, to: Path) -> Path:
+                done = rename(path, to)
+                if path.name == "e":
+                    then()
+                return done
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "rename", renamed)
+                pool.add(new, "e")
+            assert all(torch.equal(pool.load("e").tensors[k], t) for k, t in new.tensors.items())
+            assert os.listdir(tmp_path) == ["e"]
+
+        return replace_it
+
+    def test_reads_between_the_two_renames(
+        self, replacing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def as_another_process() -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                assert ExpertPool(tmp_path).names() == []
+
+        replacing(as_another_process)
+        replacing(lambda: ExpertPool(tmp_path).names())
+
+    def test_takes_the_earlier_version_away(self, replacing: Any, tmp_path: Path) -> None:
+        replacing(lambda: [shutil.rmtree(path) for path in tmp_path.glob(".*.old")])
+
+
+@pytest.mark.parametrize("mark", ["abcd1234", "01234567-1-abcd1234"], ids=["of an earlier version", "of another host"])
+def test_what_was_left_long_ago_comes_back(
+    bert: Backbone, random_expert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str
+) -> None:
+    random_expert(bert, "lora", 1).save(tmp_path / "e")
+    (tmp_path / "e").rename(tmp_path / f".e.{mark}.old")
+    (tmp_path / ".bashrc.old").write_text("mine")
+    assert ExpertPool(tmp_path).names() == []
+    later = time.time() + 4000
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert ExpertPool(tmp_path).names() == ["e"]
+    assert (tmp_path / ".bashrc.old").is_file()
 
 
 def test_saving_never_replaces_what_is_no_expert(

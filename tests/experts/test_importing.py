@@ -310,6 +310,12 @@ class TestFolders:
         found = import_expert(expert.save(tmp_path / "own"), bert, name="mine")
         assert (found.name, found.card.init_hash) == ("mine", expert.card.init_hash)
         assert all(torch.equal(found.tensors[k], t) for k, t in expert.tensors.items())
+        assert (found.card.task, found.card.licence) == (expert.card.task, expert.card.licence)
+        card = import_expert(tmp_path / "own", bert, task="sst2", licence="mit").card
+        assert (card.name, card.task, card.licence) == (expert.name, "sst2", "mit")
+        for option in ("drop_heads", "any_base"):
+            with pytest.raises(RefusedError, match=f"leave out {option}"):
+                import_expert(tmp_path / "own", bert, **{option: True})
 
 
 def test_mixed_pools_interpolate(

@@ -159,6 +159,18 @@ def test_collapsing_changes_nothing_in_the_experts(bert: Backbone, random_expert
     assert any(t.any() for t in mixture().values())
 
 
+@pytest.mark.parametrize(("method", "options"), [("lora", {}), ("lora", {"rank": 1}), ("bottleneck", {})])
+def test_values_that_are_not_finite_are_refused_by_name(
+    bert: Backbone, random_expert: Any, method: str, options: dict[str, Any]
+) -> None:
+    expert = random_expert(bert, method, 1)
+    key = next(k for k in expert.tensors if k.endswith(("lora_A.weight", "bottleneck_down.weight")))
+    spoilt = {**expert.tensors, key: torch.full_like(expert.tensors[key], float("nan"))}
+    mixture, config = build_mixture([expert, replace(expert, tensors=spoilt)], train="none")
+    with pytest.raises(RefusedError, match=rf"the fold into expert 'blend' has no finite result[^\0]*tensor {key} \["):
+        collapse(mixture, config, CARD, **options)
+
+
 def test_ranks_are_refused_where_there_are_none(bert: Backbone, random_experts: Any) -> None:
     mixture, config = build_mixture(random_experts(bert, "bottleneck", 2, 9), train="none")
     with pytest.raises(RefusedError, match="rank applies to LoRA experts only"):

@@ -512,6 +512,7 @@ class TestRefusals:
         ("options", "reason"),
         [
             ({"use_dora": True}, "use_dora"),
+            ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
             ({"bias": "lora_only"}, "bias='lora_only'"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ],

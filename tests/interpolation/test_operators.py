@@ -20,9 +20,10 @@ from peft import PeftModel
 
 import pituning.methods  # noqa: F401 - enters the project's methods into PEFT
 from pituning.backbones.base import Backbone
-from pituning.errors import ExpertError, RefusedError, UnknownNameError
+from pituning.errors import BackboneMismatchError, ExpertError, RefusedError, UnknownNameError
 from pituning.experts import Expert
 from pituning.experts.expert import tensor_hash
+from pituning.interpolation.build import common_start
 from pituning.interpolation.operators import OPERATORS, merge, needs_initial, operator_settings
 from pituning.methods import initial_tensors
 from pituning.similarity import TaskEmbedding
@@ -500,6 +501,16 @@ def test_the_card_tells_how_to_make_it_again(case: Any) -> None:
     assert card.parameters == sum(t.numel() for t in result.tensors.values())
 
 
+def test_a_start_is_taken_to_where_the_experts_are(bert: Backbone, random_expert: Any) -> None:
+    """A start comes from the backbone, on whose device it is, and experts from the pool's files; here one is no real place."""
+    expert = random_expert(bert, "bottleneck", 1)
+    start = initial_tensors(bert, expert.config)
+    elsewhere = replace(expert, tensors={k: t.to("meta") for k, t in expert.tensors.items()})
+    found = common_start([elsewhere], start)
+    assert {t.device.type for t in found.values()} == {"meta"}
+    assert all(found[k].shape == t.shape for k, t in expert.tensors.items())
+
+
 def test_only_tensors_in_the_experts_coordinates_keep_their_start(bert: Backbone, random_expert: Any) -> None:
     """Stacked factors are another space than [A, B] of the experts; averaged tensors are not."""
     low = [random_expert(bert, "lora", k) for k in (1, 2)]
@@ -574,6 +585,45 @@ class TestRefusals:
         broken = replace(expert, tensors={**expert.tensors, key: expert.tensors[key] * math.nan})
         with pytest.raises(ExpertError, match=r"'bitfit-100'(.|\n)*NaN"):
             merge([other, broken], "ties")
+
+    @pytest.mark.parametrize("method", ["lora", "bottleneck"])
+    def test_results_that_are_not_finite(self, case: Any, method: str, message: Any) -> None:
+        found = case(method, 2, 1, torch.float32)
+        settings = {} if found.lora else {"initial": found.initial}
+        key = min(k for k in found.experts[0].tensors if k.endswith(("lora_B.weight", "bottleneck_down.weight")))
+        for operator in ("task_arithmetic", "dare"):
+            said = message(merge, found.experts, operator, weights=[1e90, 1], **settings)
+            assert f"{operator} of experts" in said
+            assert "has no finite result" in said
+            assert f"tensor {key} [" in said
+        for rank in (None, 2) if found.lora else (None,):
+            more = {"rank": rank, "scale": 1e308, **settings}
+            assert "has no finite result" in message(merge, found.experts, "ties", **more)
+
+    def test_fisher_that_is_not_finite(self, bert: Backbone, random_expert: Any, message: Any) -> None:
+        experts = [random_expert(bert, "lora", s) for s in range(2)]
+        embeddings = {e.name: embedding(e, 3) for e in experts}
+        key = next(iter(experts[1].tensors))
+        embeddings[experts[1].name].fisher[key][0, 0] = math.nan
+        said = message(merge, experts, "fisher_merge", embeddings=embeddings)
+        assert f"the task embedding of expert '{experts[1].name}' is not finite in tensor {key} [" in said
+
+    def test_prompts_that_were_made_differently(self, bert: Backbone, random_expert: Any, message: Any) -> None:
+        plain, chat = ({"chat": c, "separator": s} for c, s in ((False, " "), (True, "")))
+        experts = [random_expert(bert, "lora", s, name=f"e{s}") for s in range(4)]
+        made = [
+            e.with_card(training={**e.card.training, **({"prompting": p} if p else {})})
+            for e, p in zip(experts, (None, plain, plain, chat), strict=True)
+        ]
+        said = message(merge, [made[0], made[1], made[3]], "uniform_soup")
+        assert (
+            "experts 'e1' and 'e3' were trained on differently made prompts (chat=False, separator=' '; chat=True"
+            in said
+        )
+        card = merge(made[:3], "uniform_soup").expert
+        assert card.card.training["prompting"] == plain
+        with pytest.raises(BackboneMismatchError, match=r"trained on prompts made with chat=False, separator=' '"):
+            card.require_backbone(bert)
 
     def test_different_methods_and_backbones(
         self, bert: Backbone, t5: Backbone, random_expert: Any, message: Any

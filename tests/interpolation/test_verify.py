@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from peft import LoraConfig, PeftModel
 from transformers import BertModel, T5ForConditionalGeneration
 
 from pituning.backbones.base import Backbone
@@ -20,6 +21,7 @@ from pituning.experts.sharing import pull, push
 from pituning.interpolation.operators import merge
 from pituning.interpolation.verify import Check, verify
 from pituning.methods import initial_tensors
+from tests.methods.tiny import expert as expert_of
 
 
 def states(checks: list[Check]) -> dict[str, bool | None]:
@@ -61,6 +63,39 @@ class TestVerify:
         (check,) = verify(folder, bert)
         assert (check.name, check.ok) == ("files", False)
         assert "was changed after it was saved" in check.found
+
+    def test_modules_of_an_experts_own_are_taken_off_again(
+        self, fresh_bert_of: Any, random_examples: Any, tmp_path: Path
+    ) -> None:
+        bert = fresh_bert_of(torch.float32)
+        config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["attention.output.LayerNorm", "pooler"])
+        folder = expert_of(bert, config).save(tmp_path / "one")
+        batch = bert.collate(random_examples(4, 3))
+        modules = [f"{n} {type(m)}" for n, m in bert.model.named_modules()]
+        with torch.no_grad():
+            bare = bert.loss(batch)
+            assert states(verify(folder, bert))["plain PEFT"] is True
+            assert torch.equal(bert.loss(batch), bare)
+        assert [f"{n} {type(m)}" for n, m in bert.model.named_modules()] == modules
+
+    def test_a_folder_that_peft_cannot_load(
+        self, fresh_bert_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bert = fresh_bert_of(torch.float32)
+        config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["pooler"])
+        folder = expert_of(bert, config).save(tmp_path / "one")
+        modules = [f"{n} {type(m)}" for n, m in bert.model.named_modules()]
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("of no use")
+
+        monkeypatch.setattr(PeftModel, "load_adapter", fail)  # it comes after the layers have gone in
+        check = {c.name: c for c in verify(folder, bert)}["plain PEFT"]
+        assert check.ok is False
+        assert check.found == f"PEFT cannot load {folder} onto tiny-bert: of no use"
+        assert [f"{n} {type(m)}" for n, m in bert.model.named_modules()] == modules
+        assert not hasattr(bert.model, "peft_config")
+        assert not any(p.requires_grad for p in bert.model.parameters())
 
     def test_a_forged_tensor(self, bert: Backbone, random_expert: Any, tmp_path: Path) -> None:
         expert = random_expert(bert, "lora", 1)

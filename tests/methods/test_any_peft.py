@@ -100,8 +100,12 @@ def test_projections_from_a_seed(tmp_path: Path) -> None:
             r"LORA would train tensors of the backbone itself.*bias='none'.*\n.*base_layer.bias \[16\]",
         ),
         (lora(trainable_token_indices=[3, 4]), "LORA .*trainable_token_indices trains rows of the embeddings"),
+        (
+            lora(alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM"),
+            r"LORA .*alora_invocation_tokens \(aLoRA\) takes effect only behind these tokens.* changes nothing",
+        ),
     ],
-    ids=["vera", "shira", "delora", "vblora", "adalora", "prompt-tuning", "prefix-tuning", "bias", "tokens"],
+    ids=["vera", "shira", "delora", "vblora", "adalora", "prompt-tuning", "prefix-tuning", "bias", "tokens", "alora"],
 )
 def test_what_would_be_lost_is_refused(config: PeftConfig, said: str) -> None:
     model = build_bert(torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pituning.data.emoji import EMOJI
+from pituning.errors import DataError
 from pituning.metrics.registry import metric_named
 from pituning.metrics.scenes import names_in, objects_named
 
@@ -26,6 +27,11 @@ def test_counts_the_things_of_the_first_reference(found: str, share: float) -> N
     assert metric_named("objects-named").compute([references, ["a dog"]], [found, "a dog"]) == pytest.approx(
         (share + 1) / 2
     )
+
+
+def test_a_reference_that_names_nothing_is_shown() -> None:
+    with pytest.raises(DataError, match="the reference 'running' names nothing"):
+        objects_named([["a dog"], ["running"]], ["a dog", "a dog"])
 
 
 def test_every_name_is_found_in_the_singular_and_in_the_plural() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from pituning.similarity import embedding as embedding_module
 from pituning.similarity.compact import anchor_of, compact_fisher, compact_similarity, hadamard
 from pituning.similarity.embedding import pool_embedding, shared_reference
 from pituning.similarity.fisher import fisher_diagonal
+from pituning.similarity.index import open_index
 from pituning.similarity.measures import compact_agreement, fisher_similarity
 from pituning.similarity.settling import settled_fisher
 from pituning.tasks.task import Task
@@ -63,6 +66,57 @@ def test_missing_and_broken_files(bert: Backbone, random_expert: Any, make_task:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ExpertError, match=r"task_embedding\.safetensors cannot be read"):
         TaskEmbedding.load(tmp_path)
+
+
+@pytest.mark.parametrize("record", ['{"task": "x"}', "[1]", "3", "none"])
+def test_a_record_of_something_else_is_a_broken_file(
+    bert: Backbone, random_expert: Any, make_task: Any, tmp_path: Path, record: str
+) -> None:
+    pool = ExpertPool(tmp_path)
+    for seed in range(2):
+        pool.add(random_expert(bert, "lora", seed, name=f"e{seed}"))
+        embedding = embed_task(bert, random_expert(bert, "lora", seed), make_task())
+        path = embedding.save(tmp_path / f"e{seed}")
+    safetensors.torch.save_file(dict(embedding.fisher), path, metadata={"pituning": record})
+    with pytest.raises(ExpertError, match=r"task_embedding\.safetensors cannot be read .*; embed the expert again"):
+        TaskEmbedding.load(tmp_path / "e1")
+    assert list(open_index(pool).problems) == ["e1"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_neither_written_nor_read(
+    bert: Backbone, random_expert: Any, make_task: Any, tmp_path: Path, value: float
+) -> None:
+    embedding = embed_task(bert, random_expert(bert, "lora", 3), make_task())
+    key = list(embedding.fisher)[1]
+    spoilt = {**embedding.fisher, key: embedding.fisher[key].clone().fill_(value)}
+    said = rf"is not finite in tensor {key} \[\d+, \d+\]: {spoilt[key].numel()} values are NaN or infinite"
+    with pytest.raises(ExpertError, match=f"the task embedding of 'target' {said}"):
+        replace(embedding, fisher=spoilt).save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    path = embedding.save(tmp_path)
+    with safetensors.safe_open(path, "pt") as file:
+        safetensors.torch.save_file(spoilt, path, metadata=file.metadata())
+    with pytest.raises(ExpertError, match=rf"task_embedding\.safetensors {said}"):
+        TaskEmbedding.load(tmp_path)
+    huge = random_expert(bert, "lora", 5, scale=1e30)
+    with pytest.raises(ExpertError, match=r"the Fisher information of expert 'lora-5' on task 'target' is not finite"):
+        embed_task(bert, huge, make_task())
+
+
+def test_the_shared_reference_has_the_start_and_the_licence_that_all_have(
+    bert: Backbone, random_expert: Any, tmp_path: Path
+) -> None:
+    prompting = {"chat": False, "separator": " "}
+    for method, licences in (("lora", ("mit", "mit")), ("bottleneck", ("mit", "apache-2.0"))):
+        pool = ExpertPool(tmp_path / method)
+        for seed, licence in enumerate(licences):
+            expert = random_expert(bert, method, seed)
+            pool.add(expert.with_card(licence=licence, training={"steps": 3, "prompting": prompting}))
+        card = shared_reference(pool, method).card
+        assert card.init_hash == ("" if method == "lora" else expert.card.init_hash)
+        assert card.licence == ("mit" if method == "lora" else "")
+        assert card.training == {"prompting": prompting}
 
 
 def test_the_shared_reference_is_the_pools_mean_and_stays(

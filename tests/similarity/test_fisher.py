@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -108,6 +109,18 @@ class TestAgainstTheLoop:
         examples = random_examples(5, 4)
         found = fisher_diagonal(backbone, expert, examples, labels="model", batch_size=3)
         assert_close(found, loop_model(backbone, expert, examples), tolerance)
+
+
+@pytest.mark.parametrize("family", ["encoder", "seq2seq"])
+def test_model_labels_need_no_answers(backbone_of: Any, random_expert: Any, random_examples: Any, family: str) -> None:
+    backbone = backbone_of(family, torch.float64)
+    expert, examples = random_expert(backbone, "lora", 3), random_examples(5, 4)
+    asked = [replace(e, target="") if i in (1, 4) else e for i, e in enumerate(examples)]
+    found = fisher_diagonal(backbone, expert, asked, labels="model", batch_size=3)
+    assert_close(found, loop_model(backbone, expert, examples), 1e-10)
+    assert math.isnan(found.loss)
+    with pytest.raises(DataError, match=r"example 'e/1' has no answer"):
+        fisher_diagonal(backbone, expert, asked)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)

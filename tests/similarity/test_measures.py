@@ -108,6 +108,14 @@ def test_tensors_without_fisher_are_left_out_and_named(kind: str) -> None:
     assert zero_tensors(embedding(right)) == []
 
 
+@pytest.mark.parametrize("kind", ["fisher", "fisher-paper", "fisher-cosine"])
+def test_a_cosine_that_is_not_finite_is_an_error(kind: str, message: Any) -> None:
+    left, right = random_fisher(1), random_fisher(2)
+    right["a.bias"][2] = float("nan")
+    found = message(fisher_similarity, embedding(left, task="x"), embedding(right, task="y"), kind)
+    assert "embeddings of 'x' and 'y' have no finite cosine in tensor a.bias [4]" in found
+
+
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(RefusedError, match="fisher, fisher-paper, fisher-cosine, not 'cosine'"):
         fisher_similarity(embedding(random_fisher(0)), embedding(random_fisher(1)), "cosine")
@@ -411,6 +419,9 @@ class TestRegistry:
         rows = [MEASURES[kind](comparison) for kind in kinds]
         shares = [[sum(a > b for b in row) / 3 for a in row] for row in rows]
         assert MEASURES["average"](comparison) == pytest.approx(np.mean(shares, axis=0).tolist())
+
+    def test_nan_has_no_rank(self, message: Any) -> None:
+        assert "similarity of candidate 1 is NaN" in message(average_ranks, [[1.0, 2.0], [0.5, float("nan")]])
 
     def test_ties_count_half_and_one_candidate_is_the_best(self) -> None:
         assert average_ranks([[1.0, 1.0, 0.0], [0.0, 2.0, 1.0]]) == pytest.approx(

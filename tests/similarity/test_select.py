@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from pituning.backbones.base import Backbone
-from pituning.errors import BackboneMismatchError, DataError, PituningError, RefusedError, UnknownNameError
+from pituning.errors import (
+    BackboneMismatchError,
+    DataError,
+    ExpertError,
+    PituningError,
+    RefusedError,
+    UnknownNameError,
+)
 from pituning.example import Example
 from pituning.experts import Expert, ExpertPool
 from pituning.experts.expert import start_of
@@ -154,6 +161,36 @@ def test_leaves_out_the_target_other_methods_and_the_excluded(
     assert {e.name for e in rank_experts(bert, task, pool, own).experts} == {"cr-lora", "sst2-lora", "cola-lora"}
     left = rank_experts(bert, task, pool, own, exclude=["cr-lora"])
     assert {e.name for e in left.experts} == {"sst2-lora", "cola-lora"}
+
+
+def test_blends_of_what_has_seen_the_target_are_left_out_however_many_blends_lie_between(
+    bert: Backbone, pool: ExpertPool, make_task: Any, random_expert: Any
+) -> None:
+    task, own = make_task(), random_expert(bert, "lora", 9, name="kept elsewhere")
+    blends = {"one": ["cr-lora", "mine"], "two": ["one", "cola-lora"], "three": ["two"], "four": ["kept elsewhere"]}
+    pool.add(random_expert(bert, "lora", 5).with_card(name="mine", task="target"))
+    pool.add(random_expert(bert, "lora", 6).with_card(name="harmless", lineage=({"name": "cr-lora", "weight": 1.0},)))
+    for seed, (name, parents) in enumerate(blends.items()):
+        lineage = tuple({"name": p, "weight": 1 / len(parents)} for p in parents)
+        pool.add(random_expert(bert, "lora", 20 + seed).with_card(name=name, lineage=lineage))
+    free = {"cr-lora", "sst2-lora", "cola-lora", "harmless"}
+    for exclude in ([], ["mine"], ["mine", "one", "two"]):
+        found = rank_experts(bert, task, pool, own, exclude=exclude)
+        assert {e.name for e in found.experts} == free, exclude
+    assert {e.name for e in rank_experts(bert, task, pool, exclude=["mine"]).experts} == {*free, "four"}
+    path = pool.folder / "one" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    broken = rank_experts(bert, task, pool, own, exclude=["one", "two", "three"])
+    assert {e.name for e in broken.experts} == free, "a broken expert may be left out by its name"
+
+
+def test_a_similarity_that_is_not_finite_is_an_error(
+    bert: Backbone, pool: ExpertPool, make_task: Any, random_expert: Any
+) -> None:
+    pool.add(random_expert(bert, "lora", 5, scale=1e30).with_card(name="huge"))
+    for kind, options in (("calibrated-score", {}), ("score", {}), ("average", {"average_of": ["score"]})):
+        with pytest.raises(ExpertError, match=r"'(calibrated-)?score' to task 'target' .* number for 'huge' \(\+nan\)"):
+            rank_experts(bert, make_task(), pool, kind=kind, **options)
 
 
 def test_mistakes_are_explained(

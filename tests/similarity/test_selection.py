@@ -241,6 +241,38 @@ def test_the_nearest_expert_alone_where_the_soup_spoils_it(
     assert names(select(ranked(order), "greedy", backbone=bert, task=task))[0] == "e4"
 
 
+def test_an_expert_without_a_finite_loss_is_never_chosen(
+    bert: Backbone, experts: list[Expert], helped: Task, random_expert: Any
+) -> None:
+    huge = random_expert(bert, "lora", 7, scale=1e30, name="huge")
+    for how, soup in (("top-k", "uniform"), ("greedy", "uniform"), ("auto", "score")):
+        found = select(ranked([huge, *experts[3:]]), how, k=2, soup=soup, backbone=bert, task=helped)
+        assert "huge" not in names(found)
+        assert "nan" not in found.reason
+        unsound = [arm.name for arm in found.arms if not np.isfinite(arm.loss)]
+        assert "nearest expert alone" in unsound
+        assert f"the log-loss of {' and of '.join(unsound)} is not a finite number, so it is not chosen" in found.reason
+    for how, soup in (("greedy", "uniform"), ("auto", "score")):
+        ranking = ranked([*experts[:2], huge])
+        found = select(ranking, how, soup=soup, backbone=bert, task=helped)
+        assert found.helps
+        assert set(names(found)) == {"e0", "e1"}
+    with pytest.raises(
+        PituningError, match=r"similarity of expert 'e1' by weights is nan, which has no place in an order"
+    ):
+        select(ranked(experts, values=[0.9, float("nan"), 0.8, 0.7, 0.6]))
+
+
+def test_a_backbone_without_a_finite_loss_is_no_rival(
+    fresh_bert_of: Any, experts: list[Expert], make_task: Any, message: Any
+) -> None:
+    spoilt = fresh_bert_of(torch.float32)
+    with torch.no_grad():
+        spoilt.model.embeddings.word_embeddings.weight.fill_(float("nan"))
+    found = message(select, ranked(experts), "top-k", k=1, backbone=spoilt, task=make_task(shots=4))
+    assert "log-loss of bare backbone on the examples of task 'target' is not a finite number" in found
+
+
 def test_an_own_expert_is_a_rival_retrained_without_each_fold(
     bert: Backbone, experts: list[Expert], helped: Task
 ) -> None:
@@ -295,6 +327,10 @@ def test_diverse_of_other_methods_measures_from_their_start(bert: Backbone, rand
         ("threshold", {}, "threshold=… belongs to selection 'threshold', and that needs one; this is 'threshold'"),
         ("top-k", {"threshold": 0.5}, "and that needs one; this is 'top-k'"),
         ("diverse", {"diversity": 1.5}, "diversity must be between 0 and 1, not 1.5"),
+        ("threshold", {"threshold": -1, "k": 1}, "k=1 has no effect on selection 'threshold'"),
+        ("top-k", {"diversity": 0.5}, "diversity=0.5 belongs to selection 'diverse'; this is 'top-k'"),
+        ("diverse", {"candidates": 3}, "candidates=3 belongs to selections 'greedy' and 'auto'; this is 'diverse'"),
+        ("top-k", {"soup": "score"}, "selection 'top-k' without backbone=… and task=… compares none"),
     ],
 )
 def test_mistakes_are_explained(

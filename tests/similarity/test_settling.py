@@ -225,3 +225,9 @@ class TestPrecisionAndMemory:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         same(fisher_diagonal(backbone, expert, examples), expected, 1e-10)
+
+
+def test_kept_sums_are_added_to_where_they_are() -> None:
+    """Those from a file are on the CPU, those just summed where the backbone is; here that is no real place."""
+    here, there = (FisherEstimate({"a": t}, {"a": t}, 1, 0.5) for t in (torch.ones(2), torch.ones(2, device="meta")))
+    assert (there + here).even["a"].device.type == (there + here).odd["a"].device.type == "meta"

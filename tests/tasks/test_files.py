@@ -105,6 +105,31 @@ class TestNamedTasks:
             assert len(task.split("test")) == 1
         assert task.more_metrics == ("F1",)
 
+    def test_glues_own_files(self, tmp_path: Path) -> None:
+        cola = [["gj04", "1", "", "Fine it is."], ["gj04", "0", "*", "It fine is."]]
+        mrpc = [["\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"], ["1", "70", "71", "A b.", "B a."]]
+        mnli = [
+            ["index", "genre", "sentence1", "sentence2", "label1", "gold_label"],
+            ["0", "g", "p", "h", "x", "neutral"],
+        ]
+        sst2 = [["sentence", "label"], ["good", "1"]]
+        qnli = [["index", "question", "sentence", "label"], ["0", "q?", "s.", "not_entailment"]]
+        rte = [["index", "sentence1", "sentence2", "label"], ["0", "p", "h", "entailment"]]
+        rows = {"CoLA": cola, "MRPC": mrpc, "MNLI": mnli, "SST-2": sst2, "QNLI": qnli, "RTE": rte}
+        found = {}
+        for name, content in rows.items():
+            write(tmp_path / name / "train.tsv", content)
+            task = load_task(f"glue-{name.lower().replace('-', '')}", data=tmp_path)
+            found[name] = [(*e.texts, e.target) for e in task.split("train")]
+        assert found == {
+            "CoLA": [("Fine it is.", "yes"), ("It fine is.", "no")],
+            "MRPC": [("A b.", "B a.", "yes")],
+            "MNLI": [("p", "h", "maybe")],
+            "SST-2": [("good", "positive")],
+            "QNLI": [("q?", "s.", "no")],
+            "RTE": [("p", "h", "yes")],
+        }
+
     def test_a_folder_of_another_data_set_is_not_taken_for_the_tasks(self, tmp_path: Path) -> None:
         folder = tmp_path / "food-101"
         (folder / "pie").mkdir(parents=True)
@@ -212,6 +237,36 @@ class TestOwnFiles:
         with pytest.raises(UnknownNameError, match="did you mean 'vqa'"):
             task_from_records("own", "vqaa", {"train": path})
 
+    def test_a_header_that_lacks_a_name_is_no_row(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.tsv", [["text", "summary"], ["an article", "a headline"]])
+        with pytest.raises(
+            DataError, match=r"a\.tsv:1: a header with summary, but without a column for source"
+        ) as caught:
+            task_from_records("own", "summarisation", {"train": path})
+        assert "source/document/article" in str(caught.value)
+
+    def test_columns_are_those_of_all_rows(self, tmp_path: Path) -> None:
+        asked = {"question": "What?", "image": "a.png"}
+        rows = [{**asked, "answer": "red"}, {**asked, "answer": "blue", "question_id": 5}, asked]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        examples = task_from_records("own", "vqa", {"train": tmp_path / "a.jsonl"}, answers=["red"]).split("train")
+        assert [examples[n].key for n in (0, 1)] == ["", "5"]
+        with pytest.raises(DataError, match=r"a\.jsonl:3: no column 'answer'"):
+            examples[2]
+
+    def test_lists_in_jsonl(self, tmp_path: Path) -> None:
+        (tmp_path / "red.png").write_bytes(picture("red"))
+        row = {"image": "red.png", "captions": ["A cat.", "Two dogs run."], "question": "What?", "answers": ["red"] * 3}
+        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+        (caption,) = task_from_records("own", "captioning", {"train": tmp_path / "a.jsonl"}).split("train")
+        assert [answer for answer, _ in caption.answers] == ["A cat", "Two dogs run"]
+        (asked,) = task_from_records("own", "vqa", {"train": tmp_path / "a.jsonl"}).split("train")
+        assert (asked.target, asked.choices) == ("red", ("red",))
+        (tmp_path / "a.jsonl").write_text(json.dumps({**row, "captions": {"en": "A cat."}}) + "\n")
+        with pytest.raises(DataError, match=r"a\.jsonl:1 \(captions\): expected a text, found dict"):
+            task_from_records("own", "captioning", {"train": tmp_path / "a.jsonl"})
+        assert task_from_records("own", "vqa", {"train": tmp_path / "a.jsonl"}).split("train")[0].target == "red"
+
     def test_a_broken_row_names_file_line_and_column(self, tmp_path: Path) -> None:
         broken = [REFS[0], ["9", "img", "it", "1,2,3", REFS[0][4]], ["9", "img", "it", "1,2,3,4", "????"]]
         task = task_from_records("own", Grounding(), {"train": write(tmp_path / "a.tsv", broken)})
@@ -271,6 +326,15 @@ class TestAnswerSets:
         images = write(tmp_path / "b.tsv", [[encoded("red"), "0", "red"]])
         found = task_from_records("own", ImageClassification(), {"test": images}, answers=("red", "blue"))
         assert found.choices == ("red", "blue")
+
+    def test_classes_with_underscores(self, tmp_path: Path) -> None:
+        write(tmp_path / "imagenet_1k_data" / "imagenet_1k_train.tsv", [[encoded("red"), "3", "apple_pie"]])
+        (tmp_path / "imagenet_1k_data" / "classes.txt").write_text("apple_pie\nblue_thing\n")
+        task = load_task("imagenet", data=tmp_path)
+        assert (task.choices, task.split("train")[0].target) == (("apple pie", "blue thing"), "apple pie")
+        images = tmp_path / "imagenet_1k_data" / "imagenet_1k_train.tsv"
+        with pytest.raises(DataError, match="the class 'apple pie' is there twice"):
+            task_from_records("own", "image-classification", {"train": images}, answers=["apple_pie", "apple pie"])
 
     def test_answers_are_refused_where_there_is_no_closed_set(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.tsv", [["0", "a text", "1"]])

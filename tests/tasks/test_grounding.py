@@ -14,6 +14,7 @@ from pituning.data.fewshot import stratified_folds
 from pituning.errors import DataError
 from pituning.example import Box
 from pituning.tasks import GroundingRow, Task, grounding_from_files, grounding_from_rows
+from pituning.tasks.grounding import has_corner_columns
 
 HEADER = ("image", "text", "x0", "y0", "x1", "y1")
 
@@ -170,3 +171,20 @@ class TestFewShot:
         folds = stratified_folds(shots, 2, seed=0)
         assert sorted(len(held) for _, held in folds) == [4, 5]
         assert sorted(e.id for _, held in folds for e in held) == sorted(e.id for e in shots)
+
+
+def test_only_names_of_columns_make_a_file_with_corners(folder: Path) -> None:
+    picture = "x0x1y0y1" * 5_000
+    assert all(
+        has_corner_columns(write(folder, ("a.png", "it", 0, 0, 5, 5), suffix=s)) for s in (".jsonl", ".tsv", ".csv")
+    )
+    (folder / "ofa.tsv").write_text(f"1\timg\tit\t0,0,5,5\t{picture}\n")
+    (folder / "ofa.jsonl").write_text(json.dumps({"image": picture, "text": "it", "box": "0,0,5,5"}) + "\n")
+    (folder / "ofa.csv").write_text(f"image,text,box\n{picture},it,1\n")
+    assert not any(has_corner_columns(folder / f"ofa{s}") for s in (".jsonl", ".tsv", ".csv"))
+
+
+def test_a_message_shows_no_picture(folder: Path) -> None:
+    path = write(folder, ("a.png", "it", "x" * 40_000, 0, 5, 5))
+    with pytest.raises(DataError, match=r"x0 is no number: 'x{40}… \(40,000 characters\)'"):
+        grounding_from_files("refs", {"train": path})

@@ -201,3 +201,9 @@ class TestSplits:
 
 def test_a_label_is_the_position_of_the_target() -> None:
     assert Example("i", ("x",), "x", "b", ("a", "b")).label == 1
+
+
+@pytest.mark.parametrize("texts", [(), ("a", "b", "c")])
+def test_one_or_two_text_columns(texts: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match=f"expected one or two text columns, found {len(texts)}"):
+        TaskDefinition("mine", LABELS, texts)

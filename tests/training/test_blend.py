@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pituning.errors import PituningError, RefusedError
 from pituning.training.evaluation import evaluate, mean_log_loss
 from pituning.training.train_expert import train_expert
 from pituning.training.trainer import TrainSettings
+from pituning.version import __version__
 
 NOTHING = TrainSettings(steps=0)
 SOME = TrainSettings(
@@ -88,6 +90,31 @@ def test_a_lora_blend_has_factors_of_its_own_and_claims_no_start(
         assert blend(bert, make_task(), experts, settings=NOTHING, **options).expert.card.init_hash == ""
     assert blend(bert, make_task(), experts[:1], settings=NOTHING).expert.card.init_hash == "known"
     assert blend(bert, make_task(), experts[:1], settings=NOTHING, rank=1).expert.card.init_hash == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"), [("mit", "mit", "mit"), ("mit", "", ""), ("mit", "apache-2.0", "")]
+)
+def test_the_card_has_the_licence_that_all_members_have_and_the_version_that_blended(
+    bert: Backbone, random_experts: Any, make_task: Any, first: str, second: str, both: str
+) -> None:
+    licences = (first, second)
+    experts = random_experts(bert, "bottleneck", 2, 5)
+    experts = [e.with_card(licence=x, version="0.0.1") for e, x in zip(experts, licences, strict=True)]
+    card = blend(bert, make_task(), experts, settings=NOTHING).expert.card
+    assert (card.licence, card.version) == (both, __version__)
+
+
+def test_a_used_folder_is_refused_before_anything_is_computed(
+    bert: Backbone, random_experts: Any, make_task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = random_experts(bert, "bottleneck", 2, 5)
+    first = blend(bert, make_task(), experts, settings=SOME, folder=tmp_path)
+    again = blend(bert, make_task(), experts, settings=SOME, folder=tmp_path, resume=True)
+    assert all(torch.equal(again.expert.tensors[k], t) for k, t in first.expert.tensors.items())
+    monkeypatch.setattr("pituning.training.blend.calibrated_loss", lambda *_: pytest.fail("too late"))
+    with pytest.raises(RefusedError, match="holds checkpoint-6: go on from it with resume"):
+        blend(bert, make_task(), experts, settings=SOME, folder=tmp_path, init="score")
 
 
 def test_what_does_not_fit_is_refused(bert: Backbone, random_experts: Any, make_task: Any) -> None:

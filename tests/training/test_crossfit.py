@@ -16,7 +16,7 @@ from pituning.errors import DataError, PituningError
 from pituning.interpolation import build_mixture
 from pituning.methods import attached
 from pituning.training import crossfit
-from pituning.training.crossfit import Search, choose_cell, cross_fit, fold_examples
+from pituning.training.crossfit import Search, choose_cell, cross_fit, fold_examples, within_standard_errors
 
 
 def calibrated(log_p: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -66,9 +66,11 @@ def test_what_is_held_out_is_never_trained_on(
     seen: list[tuple[set[str], set[str], float, int | None]] = []
     fit = crossfit.fit
 
-    def spy(backbone: Any, mixture: Any, config: Any, train: Any, settings: Any, *, held_out: Any) -> Any:
+    def spy(
+        backbone: Any, mixture: Any, config: Any, train: Any, settings: Any, *, held_out: Any, **options: Any
+    ) -> Any:
         seen.append(({e.id for e in train}, {e.id for e in held_out}, settings.learning_rate, settings.steps))
-        return fit(backbone, mixture, config, train, settings, held_out=held_out)
+        return fit(backbone, mixture, config, train, settings, held_out=held_out, **options)
 
     monkeypatch.setattr(crossfit, "fit", spy)
     found = cross_fit(bert, lambda fold: build_mixture([expert], train="experts"), examples, search)
@@ -177,6 +179,26 @@ class TestChooseCell:
 
     def test_nothing_to_choose(self) -> None:
         assert choose_cell({(1e-3, 0): self.base}, warm=True) == (1e-3, 0)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_rate_that_diverges_loses_and_ends_nothing(
+    bert: Backbone, random_expert: Any, random_examples: Any, warm: bool
+) -> None:
+    examples, expert = random_examples(10, 5), random_expert(bert, "bottleneck", 5)
+    search = Search(learning_rates=(1e-3, 1e30), steps=4, eval_every=2)
+    found = cross_fit(bert, lambda fold: build_mixture([expert], train="experts"), examples, search, warm=warm)
+    assert math.isnan(found.curves[1e30][4]), "the rate must diverge"
+    assert found.learning_rate == 1e-3 or found.steps == 0
+    assert math.isfinite(found.loss)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_has_diverged_is_neither_as_good_nor_better(value: float) -> None:
+    known, broken = torch.linspace(0.5, 1.5, 8), torch.ones(8)
+    broken[3] = value
+    assert not within_standard_errors(broken, known)
+    assert within_standard_errors(known, broken), "callers take what is not within for worse than the other"
 
 
 def test_fold_examples_are_the_folds_training_part(random_examples: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import minimize
 
 from pituning.backbones.base import Backbone
-from pituning.errors import BackboneMismatchError, DataError, ExpertError, UnknownNameError
+from pituning.errors import BackboneMismatchError, DataError, ExpertError, PituningError, UnknownNameError
 from pituning.example import Example
 from pituning.experts import Expert
 from pituning.methods import attached
@@ -22,6 +22,7 @@ from pituning.training.evaluation import (
     evaluate,
     log_loss,
     log_probabilities,
+    predict,
 )
 from pituning.training.module import running
 
@@ -111,6 +112,60 @@ def test_experts_that_do_not_fit(bert: Backbone, t5: Backbone, random_expert: An
     broken = Expert({}, random_expert(bert).config, random_expert(bert).card)
     with pytest.raises(ExpertError, match="missing tensor"):
         evaluate(bert, broken, make_task())
+
+
+class TestNoNumbers:
+    """NaN in a log-loss means that no right answer may be given: a model's own NaN must not be taken for that."""
+
+    def broken(
+        self, backbone: Backbone, monkeypatch: pytest.MonkeyPatch, texts: Any, value: float, method: str
+    ) -> None:
+        """The scores (or the loss) of one example have a value in them."""
+        compute, collate = getattr(backbone, method), backbone.collate
+
+        def collated(examples: Any) -> Any:
+            return {**collate(examples), "broken": [e.texts == texts for e in examples]}
+
+        def changed(batch: Any, *options: Any) -> torch.Tensor:
+            found: torch.Tensor = compute({k: v for k, v in batch.items() if k != "broken"}, *options).clone()
+            rows = torch.tensor(batch["broken"])
+            found[(rows, 1) if method == "score" else rows] = value
+            return found
+
+        monkeypatch.setattr(backbone, "collate", collated)
+        monkeypatch.setattr(backbone, method, changed)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_scores(self, bert: Backbone, make_task: Any, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+        task = make_task(tests=5)
+        self.broken(bert, monkeypatch, task.split("test")[3].texts, value, "score")
+        wanted = "scores of example 'target/test/3' are NaN or infinite"
+        for call in (evaluate, predict):
+            with pytest.raises(PituningError, match=f"task 'target': the model's {wanted}.*float32"):
+                call(bert, None, task)
+        with pytest.raises(PituningError, match=wanted):
+            log_probabilities(bert, task.split("test"))
+        rows = log_probabilities(bert, task.split("test"), finite=False)
+        assert rows.isnan().any(1).tolist() == [False, False, False, True, False]
+
+    @pytest.mark.parametrize("value", [np.nan, -np.inf])
+    def test_losses(
+        self, t5: Backbone, make_task: Any, random_examples: Any, monkeypatch: pytest.MonkeyPatch, value: float
+    ) -> None:
+        free = random_examples(5, 3, choices=())
+        task = replace(make_task(), choices=(), splits={"test": free}, metric="exact-match")
+        self.broken(t5, monkeypatch, free[2].texts, value, "loss")
+        with pytest.raises(PituningError, match="task 'target': the model's scores of example 'e/2'"):
+            evaluate(t5, None, task)
+        with pytest.raises(PituningError, match="scores of example 'e/2'"):
+            log_probabilities(t5, free)
+
+    def test_an_impossible_answer_is_one(self, bert: Backbone, make_task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        task = make_task(tests=5)
+        assert [e.label for e in task.split("test")] == [0, 1, 2, 0, 1]
+        self.broken(bert, monkeypatch, task.split("test")[3].texts, -np.inf, "score")
+        assert np.isfinite(evaluate(bert, None, task).metrics["log-loss"])
+        assert log_probabilities(bert, task.split("test"))[3, 1] == -torch.inf
 
 
 class TestCalibration:

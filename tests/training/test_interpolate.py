@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pituning.data.fewshot import stratified_folds
 from pituning.errors import BackboneMismatchError, DataError, PituningError, RefusedError
 from pituning.experts import Expert
 from pituning.experts.expert import tensor_hash
-from pituning.interpolation import TRAIN_MODES
+from pituning.interpolation import TRAIN_MODES, Coefficients
 from pituning.interpolation.build import lora_factors
 from pituning.methods import attached, initial_tensors
 from pituning.tasks import Task
@@ -26,7 +27,7 @@ from pituning.training.blend import Interpolation, blend
 from pituning.training.crossfit import CrossFit, Search
 from pituning.training.evaluation import bias_calibrated_losses
 from pituning.training.interpolate import interpolate
-from pituning.training.starts import SCALES, blend_start, expected_scale
+from pituning.training.starts import SCALES, blend_start, expected_scale, score_weights
 from pituning.training.train_expert import train_expert
 from pituning.training.trainer import TrainSettings
 
@@ -246,7 +247,7 @@ class TestScale:
         held = [part for _, part in stratified_folds(task.split("train"), 2, 0)]
         seen: list[tuple[str, tuple[str, ...]]] = []
 
-        def read(_: Any, examples: Any, model: Any) -> Tensor:
+        def read(_: Any, examples: Any, model: Any, **__: Any) -> Tensor:
             own = model.mixture.a[0][-folds[0].config["r"] :]  # the last of the stacked factors
             name = next(e.name for e in folds if torch.equal(own, next(iter(lora_factors(e).values())).a))
             seen.append((name, tuple(e.id for e in examples)))
@@ -284,6 +285,32 @@ def test_held_weights_have_nothing_to_regularise(
     search = replace(SEARCH, **{penalty: 0.5})
     with pytest.raises(PituningError, match="holds the weights"):
         interpolate(bert, make_task(), random_experts(bert, "lora", 2, 6), search=search)
+    settings = replace(SHORT, **{penalty: 0.5})
+    for train in ("merge-then-tune", "none"):
+        with pytest.raises(PituningError, match=f"train='{train}' holds the weights"):
+            blend(bert, make_task(), random_experts(bert, "lora", 2, 6), settings=settings, train=train)
+
+
+@pytest.mark.parametrize("losses", [[0.40, 0.55], [0.40, 2.0, 0.41]])
+def test_weights_by_much_evidence_have_a_finite_alpha(losses: list[float]) -> None:
+    """8000 examples: e^−300 is no float32, and e^−3200 no float64."""
+    found = score_weights(losses, 8000)
+    weights = torch.tensor([found])
+    for weight, exact in zip(weights[0].tolist(), by_evidence(losses, 8000), strict=True):
+        assert weight == np.float32(exact) or (np.float32(exact) == 0 and weight == np.float32(1e-45) > 0)
+    alpha = Coefficients().alpha(weights)
+    assert alpha.isfinite().all()
+    assert torch.equal(Coefficients().weights(alpha).sort().indices, weights.sort().indices)
+
+
+def test_weights_by_little_evidence_are_not_touched() -> None:
+    """Down to the smallest that float32 has: 1.4e-45."""
+    losses = [0.1 * n for n in range(64)]
+    evidence = torch.tensor([-0.25 * 64 * loss for loss in losses], dtype=torch.float64)
+    expected = torch.softmax(evidence, 0).tolist()
+    assert expected[-1] == pytest.approx(2e-44, rel=0.5)
+    assert score_weights(losses, 64) == expected
+    assert score_weights([0.1, math.inf], 64) == [1.0, 0.0], "no evidence at all"
 
 
 class TestInitialWeights:

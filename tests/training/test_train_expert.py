@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from pituning.backbones.base import Backbone
-from pituning.errors import DataError, PituningError, UnknownNameError
+from pituning.errors import DataError, PituningError, RefusedError, UnknownNameError
 from pituning.experts import Expert
 from pituning.experts.expert import tensor_hash
+from pituning.interpolation.collapse import collapse
 from pituning.methods import attached, initial_tensors
 from pituning.tasks import Task
+from pituning.training.blend import blend
 from pituning.training.crossfit import Search, fold_examples
 from pituning.training.train_expert import fold_experts, train_expert
 from pituning.training.trainer import TrainSettings
@@ -95,6 +97,51 @@ def test_a_killed_run_goes_on(bert: Backbone, make_task: Any, tmp_path: Path, mo
     resumed = train_expert(bert, task, "lora", settings=settings, folder=tmp_path, resume=True, r=3)
     assert count[0] < 6 + 10
     assert all(torch.equal(resumed.tensors[k], t) for k, t in whole.tensors.items())
+
+
+def test_another_task_does_not_go_on_from_a_run(bert: Backbone, make_task: Any, tmp_path: Path) -> None:
+    train_expert(bert, make_task("first"), "lora", settings=SHORT, folder=tmp_path, r=3)
+    other = SHORT.with_(learning_rate=3e-3)
+    with pytest.raises(RefusedError) as caught:
+        train_expert(bert, make_task("other"), "lora", settings=other, seed=5, folder=tmp_path, resume=True, r=3)
+    for part in ("training examples: hash was", "learning_rate was 0.01, and is 0.003", "seed was 0, and is 5"):
+        assert part in str(caught.value)
+
+
+def test_what_would_be_ignored_is_refused_before_the_search(
+    bert: Backbone, make_task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pituning.training.train_expert.cross_fit", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(PituningError, match="resume=True needs the folder"):
+        train_expert(bert, make_task(), "lora", resume=True)
+    with pytest.raises(PituningError, match="task 'target' has full data, for which nothing is searched"):
+        train_expert(bert, make_task(shots=None), "lora", search=SEARCH)
+
+
+class Away(torch.Tensor):
+    """Stands in for a tensor on a GPU."""
+
+    def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("how", ["train_expert", "blend"])
+def test_the_result_is_on_the_cpu(
+    bert: Backbone, make_task: Any, random_experts: Any, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Experts of a pool are, and go together with it."""
+
+    def on_gpu(*arguments: Any, **options: Any) -> Any:
+        found = collapse(*arguments, **options)
+        tensors = {key: tensor.as_subclass(Away) for key, tensor in found.expert.tensors.items()}
+        return replace(found, expert=replace(found.expert, tensors=tensors))
+
+    monkeypatch.setattr(f"pituning.training.{how}.collapse", on_gpu)
+    if how == "blend":
+        expert = blend(bert, make_task(), random_experts(bert, "bottleneck", 2), settings=SHORT).expert
+    else:
+        expert = train_expert(bert, make_task(), "bottleneck", settings=SHORT)
+    assert {type(tensor) for tensor in expert.tensors.values()} == {torch.Tensor}
 
 
 def test_mistakes_are_explained(bert: Backbone, make_task: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from pituning.backbones.base import Backbone
-from pituning.errors import DataError, ExpertError
+from pituning.errors import DataError, ExpertError, PituningError, RefusedError
 from pituning.example import Example
 from pituning.experts import Expert
 from pituning.interpolation import Mixture, build_mixture
 from pituning.methods import attached, initial_tensors, make_config
-from pituning.training.trainer import MixtureTrainer, TrainSettings, fit, settings_dict
+from pituning.training.module import running
+from pituning.training.trainer import MixtureTrainer, TrainSettings, _arguments, fit, settings_dict
 
 PREFIX = "base_model.model."
 PLAIN = TrainSettings(learning_rate=1e-2, steps=3, batch_size=16, schedule="constant", warmup=0.0, max_grad_norm=0.0)
@@ -238,8 +240,117 @@ class TestResume:
         mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 9), "experts")
         fit(bert, mixture, config, examples, BATCHES.with_(steps=5), folder=tmp_path)
         other, config = make(bert, random_experts(bert, "bottleneck", 3, 9), "experts")
-        with pytest.raises(ExpertError, match=r"tensor mixture\.alpha has shape \[\d+, 2\], expected \[\d+, 3\]"):
+        with pytest.raises(RefusedError, match=r"checkpoint-5 of another run(?s:.*)start: tensors was"):
             fit(bert, other, config, examples, BATCHES.with_(steps=6), folder=tmp_path, resume=True)
+
+    def test_a_damaged_checkpoint_is_refused(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+    ) -> None:
+        experts, examples = random_experts(bert, "bottleneck", 2, 9), random_examples(8, 9)
+        mixture, config = make(bert, experts, "experts")
+        fit(bert, mixture, config, examples, BATCHES.with_(steps=2), folder=tmp_path)
+        path = tmp_path / "checkpoint-2" / "mixture.safetensors"
+        saved = safetensors.torch.load_file(path)
+        saved["mixture.alpha"] = saved["mixture.alpha"][:, :1] * math.nan
+        safetensors.torch.save_file({k: t.contiguous() for k, t in saved.items()}, path)
+        again, config = make(bert, experts, "experts")
+        with pytest.raises(ExpertError, match=r"tensor mixture\.alpha has shape \[\d+, 1\], expected \[\d+, 2\]"):
+            fit(bert, again, config, examples, BATCHES.with_(steps=3), folder=tmp_path, resume=True)
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ("rate", "settings: learning_rate was 0.01, and is 0.02"),
+            ("seed", "settings: seed was 0, and is 1"),
+            ("start", "start: tensors was"),
+            ("text", "training examples: hash was"),
+            ("held-out", "held-out examples: count was 0, and is 3"),
+            ("backbone", "backbone: fingerprint was"),
+            ("configuration", 'adapter configuration: activation was "relu", and is "gelu"'),
+        ],
+    )
+    def test_a_checkpoint_of_another_run_is_refused(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        message: Any, change: str, said: str,
+    ) -> None:  # fmt: skip
+        experts, examples, settings = random_experts(bert, "bottleneck", 2, 9), random_examples(8, 9), BATCHES
+        mixture, config = make(bert, experts, "experts")
+        fit(bert, mixture, config, examples, settings.with_(steps=2), folder=tmp_path)
+        held_out: list[Example] = []
+        if change == "rate":
+            settings = settings.with_(learning_rate=2e-2)
+        elif change == "seed":
+            settings = settings.with_(seed=1)
+        elif change == "start":
+            experts = random_experts(bert, "bottleneck", 2, 10)
+        elif change == "text":
+            examples = [replace(examples[0], texts=("gu",)), *examples[1:]]
+        elif change == "held-out":
+            held_out = random_examples(3, 10)
+        elif change == "backbone":
+            monkeypatch.setattr(bert, "fingerprint", "another")
+        other, config = make(bert, experts, "experts")
+        if change == "configuration":
+            config["activation"] = "gelu"
+        before = state(other)
+        found = message(fit, bert, other, config, examples, settings, folder=tmp_path, resume=True, held_out=held_out)
+        assert f"{tmp_path} holds checkpoint-2 of another run" in found
+        assert said in found
+        assert len(found.splitlines()) == 2 + (change in ("held-out",)), "nothing else differs"
+        assert all(torch.equal(p, before[n]) for n, p in state(other).items())
+
+    def test_a_used_folder_is_refused_unless_the_run_goes_on(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+    ) -> None:
+        experts, examples = random_experts(bert, "bottleneck", 2, 9), random_examples(8, 9)
+        mixture, config = make(bert, experts, "experts")
+        fit(bert, mixture, config, examples, BATCHES.with_(steps=2), folder=tmp_path)
+        with pytest.raises(RefusedError, match="holds checkpoint-2: go on from it with resume"):
+            fit(bert, mixture, config, examples, BATCHES.with_(steps=2), folder=tmp_path)
+        (tmp_path / "run.json").unlink()
+        with pytest.raises(RefusedError, match=r"holds checkpoint-2, but no run\.json"):
+            fit(bert, mixture, config, examples, BATCHES.with_(steps=2), folder=tmp_path, resume=True)
+        with pytest.raises(PituningError, match="resume=True needs the folder"):
+            fit(bert, mixture, config, examples, BATCHES.with_(steps=2), resume=True)
+
+    def test_a_finished_run_takes_no_more_steps_and_can_be_made_longer(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+    ) -> None:
+        """By a constant rate a run of three steps is the beginning of one of five."""
+        experts, examples, held_out = (
+            random_experts(bert, "bottleneck", 2, 9),
+            random_examples(8, 9),
+            random_examples(4, 8),
+        )
+        settings, ends = BATCHES.with_(schedule="constant", warmup=0.0, eval_every=1, keep_best=True), []
+        for steps, folder, resume in ((3, "a", False), (3, "a", True), (5, "a", True), (5, "b", False)):
+            mixture, config = make(bert, experts, "experts")
+            found = fit(
+                bert, mixture, config, examples, settings.with_(steps=steps),
+                held_out=held_out, folder=tmp_path / folder, resume=resume,
+            )  # fmt: skip
+            assert found.steps == steps
+            ends.append((state(mixture), found.held_out, found.end_step))
+        for (first, *figures), (second, *others) in (ends[:2], ends[2:]):
+            assert figures == others
+            assert all(torch.equal(p, second[n]) for n, p in first.items())
+        mixture, config = make(bert, experts, "experts")
+        with pytest.raises(RefusedError, match="is to have 4 steps: resume it with at least 5"):
+            fit(
+                bert, mixture, config, examples, settings.with_(steps=4),
+                held_out=held_out, folder=tmp_path / "a", resume=True,
+            )  # fmt: skip
+
+    def test_a_weight_of_zero_is_resumed(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+    ) -> None:
+        """Its α is −∞."""
+        experts, examples = random_experts(bert, "bottleneck", 2, 9), random_examples(8, 9)
+        for steps in (2, 3):
+            mixture, config = build_mixture(experts, [1.0, 0.0], train="experts")
+            found = fit(bert, mixture, config, examples, BATCHES.with_(steps=steps), folder=tmp_path, resume=steps == 3)
+            assert found.steps == steps
+            assert mixture.weights().tolist() == [[1.0, 0.0]] * len(mixture.alpha)
 
 
 @pytest.mark.parametrize("method", ["lora", "bottleneck"])
@@ -345,6 +456,73 @@ def test_no_examples_are_refused(bert: Backbone, random_experts: Any) -> None:
     mixture, config = make(bert, random_experts(bert, "lora", 2, 18), "experts")
     with pytest.raises(DataError, match="no examples to train on"):
         fit(bert, mixture, config, [], BATCHES)
+
+
+@pytest.mark.parametrize("values", [{"steps": -1}, {"epochs": 0}, {"epochs": -1.5}, {"epochs": math.nan}])
+def test_a_run_of_no_length_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(PituningError, match=f"{next(iter(values))} must be"):
+        TrainSettings(**values)
+    with pytest.raises(PituningError, match=f"{next(iter(values))} must be"):
+        BATCHES.with_(**values)
+
+
+def test_a_run_that_diverges_says_so(bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path) -> None:
+    wild = BATCHES.with_(learning_rate=1e30, steps=6, schedule="constant", warmup=0.0)
+    mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 20), "experts")
+    first = next(iter(mixture()))
+    with pytest.raises(PituningError, match=rf"diverged: after 6 steps (?s:.*) tensor {first} \[.*rate \(1e\+30\)"):
+        fit(bert, mixture, config, random_examples(8, 20), wild, folder=tmp_path)
+    logged = json.loads((tmp_path / "checkpoint-6" / "history.json").read_text())["training"]
+    assert math.isnan(logged["6"]), "its losses are not shown as those of before"
+    mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 20), "experts")
+    assert fit(bert, mixture, config, random_examples(8, 20), wild, may_diverge=True).steps == 6
+
+
+def test_a_run_that_diverges_after_its_best_state_keeps_that(
+    bert: Backbone, random_experts: Any, random_examples: Any
+) -> None:
+    mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 20), "experts")
+    before, wild = state(mixture), BATCHES.with_(learning_rate=1e30, steps=4, eval_every=1, keep_best=True, warmup=0.0)
+    found = fit(bert, mixture, config, random_examples(8, 20), wild, held_out=random_examples(4, 21))
+    assert math.isnan(found.held_out[4])
+    assert found.end_step == 0
+    assert all(torch.equal(p, before[n]) for n, p in state(mixture).items())
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.7])
+def test_the_examples_of_a_smaller_batch_count_as_the_others(
+    backbone_of: Any, random_expert: Any, random_examples: Any, distance: Any, penalty: float
+) -> None:
+    """Five examples in batches of four and one are one step of five."""
+    backbone = backbone_of("encoder", torch.float64)
+    examples = random_examples(5, 1)
+    experts = [random_expert(backbone, "bottleneck", n) for n in (1, 2)]
+    mixture, config = build_mixture(experts, [0.3, 0.7], train="experts")
+    by_hand, _ = build_mixture(experts, [0.3, 0.7], train="experts")
+    with running(backbone, by_hand, config) as model:
+        total = sum(model(**backbone.collate([e]))[0] for e in examples)
+        moved = by_hand.weights() - torch.tensor([[0.5, 0.5]], dtype=by_hand.alpha.dtype)
+        (total / 5 + penalty * (moved**2).sum(1).mean()).backward()
+    mixture.start.fill_(0.5)
+    seen: dict[str, Tensor] = {}
+
+    def step(optimizer: Any, *_: Any, **__: Any) -> None:
+        seen.update({n: p.grad.clone() for n, p in mixture.named_parameters() if p.grad is not None})
+
+    settings = PLAIN.with_(steps=1, batch_size=4, accumulate=2, weights_to_start=penalty)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        fit(backbone, mixture, config, examples, settings)
+    assert seen.keys() == {n for n, p in by_hand.named_parameters() if p.grad is not None}
+    for name, parameter in by_hand.named_parameters():
+        if name in seen:
+            assert distance(seen[name], parameter.grad) < 1e-5, name
+
+
+def test_on_a_gpu_batches_are_there_already() -> None:
+    """Only CPU tensors can be pinned."""
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert not _arguments(PLAIN, 8, None, "scratch", gpu, False).dataloader_pin_memory
 
 
 def test_zero_steps_train_nothing(bert: Backbone, random_experts: Any, random_examples: Any) -> None:

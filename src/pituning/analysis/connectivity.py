@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from pituning.analysis.affine import affine_expert, double, paired, require_common
+from pituning.analysis.affine import affine_expert, double, measured, paired, require_common
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError
 from pituning.experts.expert import Expert
 from pituning.tasks.task import Task
-from pituning.training.evaluation import Evaluation, evaluate
+from pituning.training.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def connectivity(
         limit: at most so many examples, a fixed sample of the split.
 
     Raises:
-        PituningError: for fewer than 3 points.
+        PituningError: for fewer than 3 points, or if the loss of an example that can be answered is not finite at one of them.
         DataError: if the split is empty, or has fewer than two examples that can be answered.
         RefusedError: if the experts have no exact interpolation.
         BackboneMismatchError: if an expert belongs to another backbone.
@@ -78,7 +78,8 @@ def connectivity(
     require_common(backbone, [a, b])
     t = torch.linspace(0, 1, points, dtype=torch.float64)
     path = [a, *(affine_expert([a, b], [1 - x, x], f"t={x:.3f}") for x in t[1:-1].tolist()), b]
-    found = [evaluate(backbone, expert, task, split, limit) for expert in path]
+    places = [f"at t = {x:.3g} between {a.name!r} and {b.name!r}" for x in t.tolist()]
+    found = [measured(backbone, e, where, task, split, limit) for e, where in zip(path, places, strict=True)]
     losses = torch.stack([double(f.losses) for f in found])
     excess = losses - ((1 - t[:, None]) * losses[0] + t[:, None] * losses[-1])
     highest = int(excess[1:-1].nanmean(1).argmax()) + 1

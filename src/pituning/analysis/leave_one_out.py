@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pituning.analysis.affine import affine_expert, double, paired, require_common
+from pituning.analysis.affine import affine_expert, double, measured, paired, require_common
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError, RefusedError
 from pituning.experts.expert import Expert
 from pituning.interpolation.build import Granularity, group_names
 from pituning.tasks.task import Task
-from pituning.training.evaluation import evaluate
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def leave_one_out(
         limit: at most so many examples, a fixed sample of the split.
 
     Raises:
-        PituningError: if the weights do not fit the experts.
+        PituningError: if the weights do not fit the experts, or the loss of an example that can be answered is not finite.
         DataError: if the split is empty, or has fewer than two examples that can be answered.
         RefusedError: for one expert, for experts that have no exact interpolation, or where the weights of the others
             sum to zero.
@@ -88,12 +87,15 @@ def leave_one_out(
     if len(experts) < 2:
         raise RefusedError(f"leave-one-out needs at least two experts, not {len(experts)}")
     require_common(backbone, experts)
-    rows = _rows(weights, len(experts), len(group_names(experts, granularity)))
+    groups = group_names(experts, granularity)
+    rows = _rows(weights, len(experts), len(groups))
     blends = [affine_expert(experts, rows, "all", granularity)]
     for k, expert in enumerate(experts):
         others = [*experts[:k], *experts[k + 1 :]]
-        blends.append(affine_expert(others, _without(rows, k, expert.name), f"without {expert.name}", granularity))
-    full, *found = [evaluate(backbone, blend, task, split, limit) for blend in blends]
+        # without an expert that adapts modules of its own, there are fewer groups, or in another order
+        theirs = rows[[groups.index(group) for group in group_names(others, granularity)]]
+        blends.append(affine_expert(others, _without(theirs, k, expert.name), f"without {expert.name}", granularity))
+    full, *found = [measured(backbone, b, f"of the blend {b.name!r}", task, split, limit) for b in blends]
     reference = double(full.losses)
     without = []
     for k, (expert, result) in enumerate(zip(experts, found, strict=True)):

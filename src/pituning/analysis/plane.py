@@ -16,10 +16,10 @@ from pituning.backbones.base import Backbone
 from pituning.errors import DataError, PituningError, RefusedError
 from pituning.example import Example
 from pituning.experts.expert import Expert
-from pituning.interpolation.build import is_lora, lora_factors
+from pituning.interpolation.build import is_lora, lora_factors, on_cpu
 from pituning.similarity.measures import delta_inner
 from pituning.tasks.task import Task
-from pituning.training.evaluation import mean_log_loss
+from pituning.training.evaluation import log_loss, log_probabilities
 from pituning.training.module import running
 from pituning.training.progress import progress_bar
 
@@ -83,7 +83,7 @@ def plane(
         progress: show a progress bar.
 
     Raises:
-        PituningError: for a resolution below 2 or a negative margin.
+        PituningError: for a resolution below 2 or a negative margin, or if the log-loss of one of the three is not finite.
         DataError: if the split has no example with an answer.
         RefusedError: if the experts have no exact interpolation, or lie on one line.
         BackboneMismatchError: if an expert belongs to another backbone.
@@ -98,7 +98,7 @@ def plane(
     if not examples:
         raise DataError(f"task {task.name!r}: no example of split {split!r} has an answer that may be given")
     corners = corner_coordinates(gram(experts), [e.name for e in experts])
-    corner_loss = tuple(_loss(backbone, [e], [1.0], examples) for e in experts)
+    corner_loss = tuple(_loss(backbone, [e], [1.0], examples, finite=True) for e in experts)
     x, y = (_axis(corners[:, i], margin, resolution) for i in (0, 1))
     weights = barycentric(corners, torch.cartesian_prod(y, x).flip(1))
     bar = progress_bar()
@@ -126,7 +126,7 @@ def gram(experts: Sequence[Expert]) -> Tensor:
 
     For LoRA that of ΔW, from the factors: Σ_modules tr((B_iᵀ B_j)(A_j A_iᵀ)) s_i s_j, without forming any ΔW.
     """
-    count = len(experts)
+    count, experts = len(experts), on_cpu(experts)
     products = torch.zeros(count, count, dtype=torch.float64)
     factors = [lora_factors(e) for e in experts] if is_lora(experts[0]) else []
     for i, j in combinations_with_replacement(range(count), 2):
@@ -176,11 +176,17 @@ def _axis(corners: Tensor, margin: float, resolution: int) -> Tensor:
 
 
 def _loss(
-    backbone: Backbone, experts: Sequence[Expert], weights: Sequence[float], examples: Sequence[Example]
+    backbone: Backbone,
+    experts: Sequence[Expert],
+    weights: Sequence[float],
+    examples: Sequence[Example],
+    *,
+    finite: bool = False,
 ) -> float:
+    """Mean log-loss; far outside the experts it may be NaN, unless it has to be ``finite``."""
     mixture, config = affine_mixture(experts, weights)
     with running(backbone, mixture, config) as model:
-        return mean_log_loss(backbone, examples, model)
+        return log_loss(log_probabilities(backbone, examples, model, finite=finite), examples)
 
 
 def _tuples(tensor: Tensor) -> Any:

@@ -46,7 +46,7 @@ class EncoderBackbone(Backbone):
     ) -> None:
         super().__init__(name, model, tokenizer, device=device)
         self.max_length = max_length
-        self._label_embeddings: dict[tuple[str, ...], Tensor] = {}
+        self._label_embeddings: dict[tuple[tuple[str, ...], str], Tensor] = {}
 
     def adaptable(self, method: str) -> list[str]:
         """See :meth:`Backbone.adaptable`."""
@@ -104,11 +104,15 @@ class EncoderBackbone(Backbone):
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
     def label_embeddings(self, choices: tuple[str, ...]) -> Tensor:
-        """Embeddings of the label texts by the backbone *without* expert, shape ``[choices, hidden]``; cached."""
-        if choices not in self._label_embeddings:
-            with torch.no_grad(), self.bare():
-                self._label_embeddings[choices] = self.embed(self._tokenize([(c,) for c in choices]))
-        return self._label_embeddings[choices]
+        """Embeddings of the label texts by the backbone *without* expert, shape ``[choices, hidden]``; cached.
+
+        They are computed in the model's own precision whatever block the call is in, since a later one takes them, too.
+        """
+        key = choices, self.model.config._attn_implementation  # each rounds in its own way
+        if key not in self._label_embeddings:
+            with torch.no_grad(), self.bare(), torch.autocast(self.device.type, enabled=False):
+                self._label_embeddings[key] = self.embed(self._tokenize([(c,) for c in choices]))
+        return self._label_embeddings[key]
 
     def _logits(self, batch: Batch, labels: Tensor) -> Tensor:
         embedded = self.embed(batch)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +44,8 @@ def load_backbone(
         UnknownNameError: if nothing of that name can be found.
         RefusedError: if the model is of a family that is not supported, or quantised; for a ``device_map`` that moves
             weights to the disk, or with an OFA.
-        PituningError: if a decoder-only model's tensors are not those of its configuration.
+        PituningError: if the file's tensors are not those of its configuration. Of encoders and encoder-decoders the head of
+            a task model is left out, and an encoder may lack its pooler, which takes no part.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -65,13 +69,14 @@ def load_backbone(
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise PituningError(f"backbone {name!r}: no usable tokenizer in {source}: {error}") from error
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    if family == "causal":
-        model = _proven(name, source, AutoModelForCausalLM, **placed)
+    if family == "encoder":
+        model = _encoder(name, source, **placed)
+    elif family == "seq2seq":
+        model = _proven(name, source, AutoModelForSeq2SeqLM, heads=True, **placed)
     else:
-        with _without_bar():
-            model = (AutoModelForSeq2SeqLM if family == "seq2seq" else AutoModel).from_pretrained(source, **placed)
+        model = _proven(name, source, AutoModelForCausalLM, **placed)
     if any(p.is_meta for p in model.parameters()):
         raise RefusedError(
             f"backbone {name!r}: device_map={device_map!r} keeps some weights away from the device that uses them, so they "
@@ -109,14 +114,42 @@ def _load_ofa(name: str, source: str, device: str | torch.device, dtype: torch.d
     return OFABackbone(name, model, OFAProcessor.from_pretrained(source), device=device, **options)
 
 
-def _proven(name: str, source: str, model_type: Any, hint: str = "", **placed: Any) -> Any:
+def _encoder(name: str, source: str, **placed: Any) -> Any:
+    """The encoder of a file that may come from a task model, with a head and without a pooler.
+
+    A pooler that the file lacks would be drawn at random, and the fingerprint with it, anew in every process. Its output takes
+    no part in mean pooling: so there is none, or one of zeros where the class insists on it.
+    """
+    from transformers import AutoModel
+
+    model, found = _read(name, source, AutoModel, **placed)
+    pooler = {key for key in found["missing_keys"] if key.startswith("pooler.")}
+    found["missing_keys"] -= pooler
+    _require_complete(name, source, model, found, heads=True)
+    if pooler and "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
+        return _read(name, source, type(model), add_pooling_layer=False, **placed)[0]
+    with torch.no_grad():
+        for key in pooler:
+            model.get_parameter(key).zero_()
+    return model
+
+
+def _proven(name: str, source: str, model_type: Any, hint: str = "", heads: bool = False, **placed: Any) -> Any:
     """The model, once every tensor of the file and of the configuration has found its counterpart.
+
+    Args:
+        heads: whether the file may hold other modules besides, such as a task's head.
 
     Raises:
         PituningError: names the tensors that have not.
     """
-    from pituning.problems import listed
+    model, found = _read(name, source, model_type, **placed)
+    _require_complete(name, source, model, found, hint, heads)
+    return model
 
+
+def _read(name: str, source: str, model_type: Any, **placed: Any) -> tuple[Any, dict[str, set[Any]]]:
+    """A model, and by kind of problem the tensors that have not found their counterparts."""
     try:
         with _without_bar():
             model, found = model_type.from_pretrained(source, **placed, output_loading_info=True)
@@ -124,12 +157,32 @@ def _proven(name: str, source: str, model_type: Any, hint: str = "", **placed: A
         raise PituningError(
             f"backbone {name!r}: the tensors in {source} do not fit its configuration: {error}"
         ) from error
-    problems = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in sorted(keys, key=str)]
+    return model, {kind: set(keys) for kind, keys in found.items()}
+
+
+def _require_complete(
+    name: str, source: str, model: Any, found: Mapping[str, set[Any]], hint: str = "", heads: bool = False
+) -> None:
+    from pituning.problems import listed
+
+    problems = [
+        f"{kind.removesuffix('_keys')} {key}"
+        for kind, keys in found.items()
+        for key in keys
+        if not (heads and kind == "unexpected_keys" and not _is_surplus_layer(key, model))
+    ]
     if problems:
         raise PituningError(
             f"backbone {name!r}: the tensors in {source} are not those of its configuration{hint}:{listed(problems)}"
         )
-    return model
+
+
+def _is_surplus_layer(key: str, model: Any) -> bool:
+    """Whether a tensor belongs to a layer beyond those of the configuration."""
+    prefix = f"{model.base_model_prefix}."
+    layers = {n.removeprefix(prefix): len(m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
+    path = key.removeprefix(prefix)
+    return any(int(n[0]) >= layers.get(path[: n.start() - 1], math.inf) for n in re.finditer(r"(?<=\.)\d+(?=\.)", path))
 
 
 @contextmanager

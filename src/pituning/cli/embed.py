@@ -40,6 +40,7 @@ def embed(
 
     Example, the whole pool: pituning embed --pool experts
     """
+    source.require_files()
     if expert is None and source.own_files:
         raise typer.BadParameter("--train-file is the data of one expert: name it")
     names = [expert] if expert is not None else pool.open().names()

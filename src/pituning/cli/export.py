@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pituning.cli.options import ModelOptions, PoolOptions
+from pituning.cli.options import ModelOptions, OptionalModelOptions, PoolOptions
 from pituning.cli.output import Output, table
 from pituning.cli.verb import verb
 
@@ -29,6 +29,10 @@ def export(
     The merged model is loaded again and must give the losses of backbone and expert; methods that no weight of the base can
     stand for (bottleneck, prefix, prompt) are refused. The expert's own folder is a PEFT adapter already.
 
+    An encoder's answers are compared with the texts of the labels, which are encoded without the expert, in this proof, too.
+    Loaded as a backbone, the merged encoder encodes those texts itself, so that its answers are not those of backbone and
+    expert; its embeddings of inputs are.
+
     Example: pituning export sst2-pi --out merged-model
     """
     with output.status(f"loading {model.backbone}"):
@@ -49,10 +53,7 @@ def verify(
     expert: ExpertPlace,
     pool: PoolOptions,
     output: Output,
-    backbone: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The backbone (minilm, a folder, an id), for all that needs a model."),
-    ] = None,
+    model: OptionalModelOptions,
 ) -> None:
     """Prove an expert again: files, health, fit, plain PEFT's loading, and the repetition of an untrained merge.
 
@@ -69,7 +70,7 @@ def verify(
         experts = ExpertPool(pool.pool)
         known = expert in experts.names()
         folder = experts.folder / expert if known or not Path(expert).is_dir() else Path(expert)
-        checks = prove(folder, ModelOptions(backbone).load() if backbone else None, experts if len(experts) else None)
+        checks = prove(folder, model.load(), experts if len(experts) else None)
     states = {True: "ok", False: "FAILED", None: "not tried"}
     failed = sum(c.ok is False for c in checks)
     output.result(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pituning.cli.options import ModelOptions, PoolOptions, comma_separated
+from pituning.cli.options import OptionalModelOptions, PoolOptions, comma_separated
 from pituning.cli.output import Output, table
 from pituning.cli.rank import Reference
 from pituning.cli.verb import verb
@@ -21,6 +21,7 @@ _SHOWN = 10
 def graph(
     pool: PoolOptions,
     output: Output,
+    model: OptionalModelOptions,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Write the page and the files into this folder.")
     ] = Path("graph"),
@@ -42,15 +43,12 @@ def graph(
         str | None, typer.Option(help="Only experts of this method; needed where the pool holds several.")
     ] = None,
     experts: Annotated[str | None, typer.Option(metavar="A,B,C", help="Only these experts.")] = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="For --kind weights of methods other than lora and bitfit: their backbone."),
-    ] = None,
 ) -> None:
     """Draw which tasks of a pool are alike: an interactive page with the graph and a clustered heat map.
 
     Beside the page (graph.html) come pictures (graph.png, heatmap.png) and the data (graph.json, similarity.csv,
-    graph.graphml). The Fisher kinds need embeddings: run pituning embed first.
+    graph.graphml). The Fisher kinds need embeddings: run pituning embed first; --kind weights of methods other than lora and
+    bitfit needs their --backbone.
 
     Example: pituning graph --pool experts -o graph
     """
@@ -60,8 +58,7 @@ def graph(
         from pituning.report.graph_page import write_graph_page
         from pituning.similarity.graph import pool_graph
 
-        loaded = ModelOptions(backbone).load() if backbone is not None else None
-        found = pool_graph(pool.open(), kind, reference, method=method, names=names, backbone=loaded)
+        found = pool_graph(pool.open(), kind, reference, method=method, names=names, backbone=model.load())
         edges = found.graph.edges(nearest=nearest, threshold=threshold)
     with output.status("drawing"):
         out.mkdir(parents=True, exist_ok=True)

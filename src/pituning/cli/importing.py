@@ -43,6 +43,7 @@ def import_adapter(
     with output.status(f"loading {model.backbone}"):
         from pituning.experts import ExpertPool
         from pituning.experts.importing import import_expert, import_notes
+        from pituning.experts.sharing import require_new
 
         backbone = model.load()
     with output.status(f"importing {source}"):
@@ -56,6 +57,7 @@ def import_adapter(
             drop_heads=drop_heads,
             any_base=any_base,
         )
+        require_new(ExpertPool(pool.pool), expert.name)
         folder = ExpertPool(pool.pool).add(expert)
     notes = import_notes(expert)
     facts = [

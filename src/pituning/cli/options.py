@@ -64,7 +64,11 @@ class DataOptions:
     ] = None
     dev_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Examples that choose the best state of a run.", rich_help_panel=_OWN_DATA),
+        typer.Option(
+            metavar="FILE",
+            help="Examples that choose the best state of a run; not with --shots.",
+            rich_help_panel=_OWN_DATA,
+        ),
     ] = None
     test_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Test examples, likewise.", rich_help_panel=_OWN_DATA)
@@ -127,14 +131,20 @@ class DataOptions:
         from pituning.tasks import load_task
 
         if not self.own_files:
-            if self._of_columns or self._of_kinds or self.task_kind != "classification":
-                given = [*self._of_columns, *map(_option, self._of_kinds)] or ["--task-kind"]
-                raise typer.BadParameter(
-                    f"{', '.join(given)}: that describes your own data: add --train-file or --test-file"
-                )
+            self.require_files()
             return load_task(name, shots=self.shots, seed=self.seed, data=self.data)
+        if self.shots is not None and self.dev_file is not None:
+            raise typer.BadParameter("--dev-file: --shots include validation, so leave out one of the two")
         task = self._classification(name) if self.task_kind == "classification" else self._of_kind(name)
         return task if self.shots is None else task.few_shot(self.shots, self.seed)
+
+    def require_files(self) -> None:
+        """Raise if the user's own data are described, and there are no files of them."""
+        if not self.own_files and (self._of_columns or self._of_kinds or self.task_kind != "classification"):
+            given = [*self._of_columns, *map(_option, self._of_kinds)] or ["--task-kind"]
+            raise typer.BadParameter(
+                f"{', '.join(given)}: that describes your own data: add --train-file or --test-file"
+            )
 
     @property
     def _of_columns(self) -> list[str]:
@@ -201,6 +211,16 @@ class DataOptions:
         return texts
 
 
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 …", rich_help_panel=_MODEL)]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of the backbone's weights.", rich_help_panel=_MODEL)]
+NoChat = Annotated[
+    bool,
+    typer.Option(
+        "--no-chat", help="Decoder-only models: plain prompts, not the chat template's.", rich_help_panel=_MODEL
+    ),
+]
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The frozen backbone and where it runs."""
@@ -209,14 +229,9 @@ class ModelOptions:
         str,
         typer.Option(metavar="NAME", help="minilm, a local folder, or a Hugging Face id.", rich_help_panel=_MODEL),
     ] = "minilm"
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 …", rich_help_panel=_MODEL)] = "cpu"
-    dtype: Annotated[Dtype, typer.Option(help="Of the backbone's weights.", rich_help_panel=_MODEL)] = "float32"
-    no_chat: Annotated[
-        bool,
-        typer.Option(
-            "--no-chat", help="Decoder-only models: plain prompts, not the chat template's.", rich_help_panel=_MODEL
-        ),
-    ] = False
+    device: Device = "cpu"
+    dtype: DtypeOption = "float32"
+    no_chat: NoChat = False
 
     def load(self) -> Backbone:
         """Load the backbone."""
@@ -236,6 +251,35 @@ class ModelOptions:
             if self.no_chat:
                 raise PituningError(f"--no-chat is for decoder-only models, and {self.backbone!r} is none") from error
             raise
+
+
+@dataclass(frozen=True)
+class OptionalModelOptions:
+    """A backbone for what needs one, by a verb that does without one as well."""
+
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="For all that needs a model: minilm, a local folder, or a Hugging Face id.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    device: Device = "cpu"
+    dtype: DtypeOption = "float32"
+    no_chat: NoChat = False
+
+    def __post_init__(self) -> None:
+        if self.backbone is None and (self.device, self.dtype, self.no_chat) != ("cpu", "float32", False):
+            raise typer.BadParameter(
+                "--device, --dtype and --no-chat say how a backbone is loaded: name it by --backbone"
+            )
+
+    def load(self) -> Backbone | None:
+        """Load the backbone, if one is named."""
+        if self.backbone is None:
+            return None
+        return ModelOptions(self.backbone, self.device, self.dtype, self.no_chat).load()
 
 
 @dataclass(frozen=True)
@@ -292,22 +336,31 @@ class SaveOptions:
         An earlier expert is replaced only by one of its own kind: same task, same method, both blended or neither.
 
         Raises:
-            PituningError: if the name cannot be a folder in a pool.
+            PituningError: if the name cannot be that of a folder in a pool, or of a visible folder at all.
             RefusedError: if something else is in that place.
         """
         from pituning.experts import Expert
-        from pituning.experts.expert import CONFIG_FILE
+        from pituning.experts.expert import CONFIG_FILE, later_schema
 
         name = self.save if self.save is not None else default
+        folder = pool.pool / name if self.out is None else self.out.resolve()
+        if self.out is not None and (not folder.name or folder.name.startswith(".")):
+            raise PituningError(
+                f"--out {self.out}: an expert's folder needs a name without a leading dot, and {folder} has none"
+            )
         if self.out is None and (not name or name.startswith(".") or Path(name).name != name):
             raise PituningError(
                 f"{name!r} cannot be the name of an expert: no slash, no leading dot; choose one with --save NAME"
             )
-        folder = self.out or pool.pool / name
         if not folder.exists():
             return folder
         if not (folder / CONFIG_FILE).is_file():
             raise RefusedError(f"{folder} exists and is no expert, so it is not replaced; choose another place")
+        if later := later_schema(folder):
+            raise RefusedError(
+                f"{folder} holds an expert that a later version of pituning wrote (schema {later}), so it is not replaced; "
+                "choose another name with --save NAME"
+            )
         try:
             card = Expert.load(folder).card
         except ExpertError:
@@ -322,7 +375,7 @@ class SaveOptions:
         """Save an expert under its folder's name."""
         from pituning.experts import ExpertPool
 
-        return ExpertPool(folder.parent).add(expert, folder.resolve().name)
+        return ExpertPool(folder.parent).add(expert, folder.name)
 
 
 def _option(field: str) -> str:

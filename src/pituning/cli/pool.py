@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pituning.cli.options import DataOptions, ModelOptions, PoolOptions, TaskName
+from pituning.cli.options import DataOptions, OptionalModelOptions, PoolOptions, TaskName
 from pituning.cli.output import Output, table
 from pituning.cli.rank import Reference
 from pituning.cli.verb import verb
@@ -41,7 +41,7 @@ def list_experts(pool: PoolOptions, output: Output) -> None:
                 cards[name] = None
     broken = sum(card is None for card in cards.values())
     rows = [
-        [name, c.task, c.method, "all" if c.shots is None else str(c.shots), f"{c.parameters:,}", c.backbone]
+        [name, c.task, c.method, _all(c, "all") if c.shots is None else str(c.shots), f"{c.parameters:,}", c.backbone]
         if c is not None
         else [name, "broken", "", "", "", ""]
         for name, c in cards.items()
@@ -75,7 +75,7 @@ def show(
         ("task", card.task),
         ("method", card.method),
         ("backbone", f"{card.backbone} {card.fingerprint}".strip()),
-        ("trained on", f"{_shots(card)}, seed {card.seed}" if card.shots is not None else "all examples"),
+        ("trained on", f"{_shots(card)}, seed {card.seed}" if card.shots is not None else _all(card, "all examples")),
         ("licence", card.licence),
         ("parameters", f"{card.parameters:,} in {len(expert.tensors)} tensors"),
         ("answers", "; ".join(card.choices)),
@@ -91,6 +91,11 @@ def show(
     )
 
 
+def _all(card: ExpertCard, said: str) -> str:
+    """What is said of an expert trained on all examples; nothing where the card records no training, as of a merged one."""
+    return said if "examples" in card.training else ""
+
+
 def _shots(card: ExpertCard) -> str:
     return f"{card.shots} per class" if card.shots_per_class else f"{card.shots} examples"
 
@@ -100,18 +105,17 @@ def _shots(card: ExpertCard) -> str:
 def verify(
     pool: PoolOptions,
     output: Output,
-    backbone: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Also prove that every expert fits this backbone (minilm, a folder, an id)."),
-    ] = None,
+    model: OptionalModelOptions,
 ) -> None:
     """Check every expert of a pool; exit code 1 if any is broken, and all of them are listed.
+
+    With --backbone, also prove that every expert fits it.
 
     Example: pituning pool verify --backbone minilm
     """
     with output.status(f"verifying {pool.pool}"):
         experts = pool.open()
-        report = experts.verify(ModelOptions(backbone).load() if backbone is not None else None)
+        report = experts.verify(model.load())
     broken = sum(bool(problem) for problem in report.values())
     output.result(
         {

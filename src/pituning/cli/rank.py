@@ -12,7 +12,7 @@ import typer
 from pituning.cli.options import DataOptions, ModelOptions, PoolOptions, TaskName, comma_separated
 from pituning.cli.output import Output, table
 from pituning.cli.verb import verb
-from pituning.errors import RefusedError
+from pituning.errors import RefusedError, unknown_name
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -69,7 +69,8 @@ class RankingOptions:
     method: Annotated[
         str | None,
         typer.Option(
-            help="Only experts of this method (lora, bottleneck …); needed where the pool holds several.",
+            help="Only experts of this method, as their cards name it (lora, bottleneck, ln_tuning …); needed where the pool "
+            "holds several.",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -101,18 +102,19 @@ class RankingOptions:
         among: Sequence[str] = (),
     ) -> Ranking:
         """Rank the pool's experts of one method, or of those only the named ones."""
-        from pituning.methods import make_config
         from pituning.similarity import rank_experts
         from pituning.similarity.measures import AVERAGED
 
         averaged = comma_separated("--average-of", self.average_of)
         if averaged and self.kind != "average":
             raise typer.BadParameter(f"--average-of needs --kind average, not --kind {self.kind}")
-        if self.method is not None:
-            make_config(self.method, backbone)
         names = list(among) or pool.names()
         candidates = [e for e in (pool.load(name) for name in names) if e.card.task != task.name]
         methods = sorted({e.card.method for e in candidates})
+        if self.method is not None and candidates and not among and self.method not in methods:
+            raise unknown_name(
+                "method", self.method, methods, f"These are the methods of the experts in {pool.folder}."
+            )
         method = self.method or (own.card.method if own is not None else None)
         if method is None and len(methods) > 1:
             raise RefusedError(f"pool {pool.folder} holds experts of {' and '.join(methods)}: choose with --method")
@@ -121,10 +123,15 @@ class RankingOptions:
             left_out = ", ".join(name for name in among if name not in wanted)
             raise RefusedError(f"{left_out}: trained on task {task.name!r} itself, or of another method than {method}")
         exclude = [name for name in pool.names() if name not in wanted]
-        return rank_experts(
+        found = rank_experts(
             backbone, task, pool, own, kind=self.kind, reference=self.reference, data=data, exclude=exclude,
             average_of=averaged or AVERAGED,
         )  # fmt: skip
+        if among and (seen := [name for name in among if name not in {e.name for e in found.experts}]):
+            raise RefusedError(
+                f"{', '.join(seen)}: blended from an expert that was trained on task {task.name!r} itself; leave it out"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -154,19 +161,22 @@ class SelectionOptions:
         typer.Option(metavar="X", help="The lowest similarity, with --select threshold.", rich_help_panel=_PANEL),
     ] = None
     diversity: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="X",
             min=0,
             max=1,
-            help="With --select diverse: 0 looks at the similarity alone, 1 at the difference alone.",
+            help="With --select diverse: 0 looks at the similarity alone, 1 at the difference alone; by default 0.5.",
             rich_help_panel=_PANEL,
         ),
-    ] = 0.5
+    ] = None
     soup: Annotated[
-        SoupWeights,
-        typer.Option(help="Weights of the soups that selection compares.", rich_help_panel=_PANEL),
-    ] = "uniform"
+        SoupWeights | None,
+        typer.Option(
+            help="Weights of the soups where a selection compares some on the task's examples; by default uniform.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
 
     def choose(
         self,
@@ -176,13 +186,41 @@ class SelectionOptions:
         own: Expert | None = None,
         most: int | None = None,
     ) -> Selection:
-        """Choose from a ranking, by default the highest ranked; with a task the choice is checked on its examples."""
+        """Choose from a ranking, by default the highest ranked; with a task the choice is checked on its examples.
+
+        Raises:
+            typer.BadParameter: if an option was given that has no effect on this selection.
+        """
         from pituning.similarity.selection import select
 
+        self.require_effect("top-k", checked=task is not None)
         return select(
             ranking, self.select or "top-k", k=self.top or most, threshold=self.threshold, diversity=self.diversity,
             soup=self.soup, backbone=backbone, task=task, own=own,
         )  # fmt: skip
+
+    def require_effect(self, otherwise: Way | None, *, checked: bool) -> None:
+        """Refuse options that would not be looked at.
+
+        Args:
+            otherwise: how experts are selected without --select; ``None``: not at all.
+            checked: whether a selection is checked on the task's examples.
+
+        Raises:
+            typer.BadParameter: names the option and the selections that it belongs to.
+        """
+        how = self.select or otherwise
+        compares = how in ("greedy", "auto") or (how is not None and checked)
+        options = {
+            "--top": (self.top, how not in ("threshold", None), "--select top-k, greedy, diverse or auto"),
+            "--threshold": (self.threshold, how == "threshold", "--select threshold"),
+            "--diversity": (self.diversity, how == "diverse", "--select diverse"),
+            "--soup": (self.soup, compares, "a selection that compares soups, such as --select greedy or auto"),
+        }
+        for option, (value, of_use, where) in options.items():
+            if value is not None and not of_use:
+                chosen = f"with --select {self.select}" if self.select else "without --select"
+                raise typer.BadParameter(f"{option} {value} has no effect {chosen}: it belongs to {where}")
 
 
 @verb
@@ -202,6 +240,7 @@ def rank(
 
     Example: pituning rank sst2 --shots 16 --select greedy
     """
+    selection.require_effect(None, checked=True)
     target = source.load(task)
     with output.status(f"loading {model.backbone}"):
         experts = pool.open()

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pituning.training.trainer import TrainSettings
 
 _METHOD, _TRAINING = "Method", "Training"
+_CONSTANTS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
 
 
 @verb
@@ -85,10 +87,15 @@ def train(
     ] = None,
     log_dir: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="For checkpoints and TensorBoard logs.", rich_help_panel=_TRAINING),
+        typer.Option(
+            metavar="FOLDER", help="For checkpoints and TensorBoard logs; one run each.", rich_help_panel=_TRAINING
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --log-dir.", rich_help_panel=_TRAINING)
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the last checkpoint of this very run in --log-dir.", rich_help_panel=_TRAINING
+        ),
     ] = False,
 ) -> None:
     """Train an expert for a task and save it into the pool: a small adapter on a backbone that stays frozen.
@@ -118,7 +125,8 @@ def train(
 
         backbone = model.load()
         if peft_config is None:
-            config = make_config(method, backbone, **options)
+            kind = type(make_config(method, backbone, target_modules=[""]))
+            config = make_config(method, backbone, **_typed(options, get_type_hints(kind)))
         else:
             config = known_config(known_settings(read_config(peft_config), peft_config))
         folder = saving.destination(pool, default, task=task, method=method_of(config), blended=False)
@@ -156,18 +164,57 @@ def train(
     )
 
 
-def _method_settings(given: Sequence[str]) -> dict[str, Any]:
-    """``["r=16", "use_rslora=true"]`` to values; what is not JSON is a word."""
-    settings: dict[str, Any] = {}
+def _method_settings(given: Sequence[str]) -> dict[str, str]:
+    """``["r=16", "use_rslora=true"]`` to texts by name."""
+    settings: dict[str, str] = {}
     for entry in given:
         name, equals, value = entry.partition("=")
         if not (name and equals and value):
             raise typer.BadParameter(f"--set expects NAME=VALUE, not {entry!r}")
-        try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name] = value
+        settings[name] = value
     return settings
+
+
+def _typed(settings: Mapping[str, str], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts as the values that the fields of a configuration take: JSON, True, False and None in any case, or a word."""
+    typed: dict[str, Any] = {}
+    for name, text in settings.items():
+        readings = [*_json(text), *(value for word, value in _CONSTANTS.items() if word == text.lower())]
+        if not any(isinstance(value, list | dict) for value in readings):
+            readings.append(text)
+        hint = hints.get(name, Any)
+        fitting = [value for value in readings if _fits(value, hint)]
+        if not fitting:
+            shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise typer.BadParameter(f"--set {name}={text}: expected {shown}, found {type(readings[0]).__name__}")
+        typed[name] = fitting[0]
+    return typed
+
+
+def _json(text: str) -> list[Any]:
+    """What a text says in JSON, alone in a list; an empty list where it is no JSON."""
+    try:
+        return [json.loads(text)]
+    except json.JSONDecodeError:
+        return []
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type, as far as the type is a plain one; the others are for PEFT to judge."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:  # PEFT has patterns among them, such as pissa_niter_[number of iters]
+        return value in parts or (isinstance(value, str) and any("[" in str(part) for part in parts))
+    if kind is list:
+        return isinstance(value, list) and all(_fits(part, parts[0]) for part in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if (kind or hint) in (bool, str, dict, NoneType):
+        return isinstance(value, kind or hint)
+    return True
 
 
 def _settings(task: Task, steps: int | None, epochs: float | None, changes: Mapping[str, Any]) -> TrainSettings | None:

@@ -62,10 +62,14 @@ def _by_class(examples: Sequence[Example]) -> dict[str, list[tuple[str, int]]]:
     """Class → id and position of its examples: the examples themselves may be too many to keep.
 
     Open-ended examples have no class, and neither have questions whose answers are right to a degree (VQA); those without an
-    answer that may be given are left out.
+    answer that may be given are left out. A choice that no example has for its answer is a class without members.
     """
     classes: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    choices: tuple[str, ...] = ()
     for index, example in enumerate(examples):
+        if example.choices != choices and not example.answers:
+            choices = example.choices
+            classes |= {choice: [] for choice in choices if choice not in classes}
         if example.target:
             classes[example.target if example.choices and not example.answers else ""].append((example.id, index))
     return classes

@@ -9,15 +9,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pituning.data.tables import Row
+from pituning.data.tables import Row, joined_text, listed_columns
 from pituning.errors import DataError
 from pituning.example import ImageSource, LazyImage
 
 if TYPE_CHECKING:
     from pituning.data.tsv import TsvFile
-
-JOINT = "&&"
-"""Stands between the parts of a text that a data set keeps as a list, as in OFA's files."""
 
 
 class Records(ABC):
@@ -32,7 +29,7 @@ class Records(ABC):
 
     @abstractmethod
     def text(self, row: int, column: str) -> str:
-        """A text; a list of texts is joined by :data:`JOINT`.
+        """A text; a list of texts is joined by :data:`~pituning.data.tables.JOINT`.
 
         Raises:
             DataError: if there is no such column, or the cell is no text; with its place.
@@ -49,7 +46,9 @@ class Records(ABC):
     def require(self, column: str) -> None:
         """Raise unless the column is there."""
         if column not in self.columns():
-            raise DataError(f"{self.place(0)}: there is no column {column!r}; there are {', '.join(self.columns())}")
+            raise DataError(
+                f"{self.place(0)}: there is no column {column!r}; there are {listed_columns(self.columns())}"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,17 @@ class TableRecords(Records):
 
     def columns(self) -> tuple[str, ...]:
         """See :meth:`Records.columns`."""
-        return tuple(self.rows[0][1]) if self.rows else ()
+        return self._columns
+
+    @cached_property
+    def _columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(column for _, values in self.rows for column in values))
 
     def text(self, row: int, column: str) -> str:
         """See :meth:`Records.text`."""
         values = self.rows[row][1]
         if column not in values:
-            raise DataError(f"{self.place(row)}: no column {column!r}; the row has {', '.join(values) or 'none'}")
+            raise DataError(f"{self.place(row)}: no column {column!r}; the row has {listed_columns(values) or 'none'}")
         return values[column]
 
     def image(self, row: int, column: str) -> ImageSource:
@@ -177,15 +180,7 @@ class DatasetRecords(Records):
         value, feature = self._value(row, column), self._plain.features[self.names[column]]
         if isinstance(feature, datasets.ClassLabel):
             return "" if value == -1 else str(feature.int2str(value))
-        parts = value if isinstance(value, list) else [value]
-        # VQAv2 keeps an annotator's answer with how sure they were
-        parts = [p["answer"] if isinstance(p, dict) and "answer" in p else p for p in parts]
-        for part in parts:
-            if part is None:
-                raise DataError(f"{self.place(row, column)} is empty in part")
-            if isinstance(part, dict | bytes):
-                raise DataError(f"{self.place(row, column)}: expected a text, found {type(part).__name__}")
-        return JOINT.join(str(p) for p in parts)
+        return joined_text(value, self.place(row, column))
 
     def image(self, row: int, column: str) -> ImageSource:
         """See :meth:`Records.image`."""

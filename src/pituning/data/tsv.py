@@ -312,12 +312,13 @@ def _remove_abandoned(folder: Path) -> None:
             elif int(mark[2]) == os.getpid():
                 dead = left.name not in _making  # an earlier process had our number, as when a container starts again
             else:
-                dead = not _is_alive(int(mark[2]))
+                dead = not is_alive(int(mark[2]))
             if dead:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether this machine runs a process of that number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

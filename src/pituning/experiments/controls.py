@@ -66,7 +66,7 @@ class Draw:
 
     def own(self, seed: int) -> Expert:
         """The target's own expert for a training seed; kept on disk, so that a resumed experiment finds it."""
-        name = f"own-{self.recipe.digest()}-{self.task.seed}-{seed}"
+        name = f"own-{self.recipe.digest(self.backbone.fingerprint)}-{self.task.seed}-{seed}"
         if name not in self.cache.names():
             first = self.recipe.training_seeds[0]
             settings = None
@@ -191,7 +191,7 @@ def random_parameters(backbone: Backbone, expert: Expert, seed: int) -> Expert:
     else:
         start = initial_of(backbone, expert)
         for key, tensor in sorted(expert.tensors.items()):
-            direction, origin = noise(tensor), start[key].double()
+            direction, origin = noise(tensor), start[key].to(tensor.device).double()
             change = direction * ((tensor.double() - origin).norm() / direction.norm())
             tensors[key] = (origin + change).to(tensor)
     return Expert({key: tensors[key] for key in expert.tensors}, expert.config, expert.card).with_card(

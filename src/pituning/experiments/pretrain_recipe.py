@@ -11,6 +11,8 @@ from pituning.errors import PituningError
 from pituning.tasks.emoji import PRETRAINING
 
 Positive = Annotated[int, Field(ge=1)]
+_ANY_TIME = {"pretrain", "title", "save_every", "log_every", "workers", "output"}
+"""What changes no weight."""
 
 
 class _Strict(BaseModel):
@@ -128,6 +130,18 @@ class PretrainRecipe(_Strict):
     def batch_size(self) -> int:
         """Examples of a step."""
         return sum(self.tasks.values())
+
+    def shaped(self, steps: int) -> dict[str, Any]:
+        """The settings that a run's first steps depend on, of which later ones may still be changed without a difference."""
+        values = self.model_dump(
+            mode="json", exclude=_ANY_TIME | {"steps", "decay_steps", "later", "decoder_prompts_after"}
+        )
+        falls = self.steps - self.decay_steps
+        return values | {
+            "steps, decay_steps": [self.steps, self.decay_steps] if self.decay_steps and steps > falls else None,
+            "later": self.later.model_dump() if self.later is not None and steps > self.later.after else None,
+            "decoder_prompts_after": self.decoder_prompts_after if steps > self.decoder_prompts_after else None,
+        }
 
     def missing_inputs(self) -> list[str]:
         """Nothing: the scenes are part of the package."""

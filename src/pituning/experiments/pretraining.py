@@ -32,6 +32,7 @@ from pituning.data.images import open_image
 from pituning.data.scenes import draws_for
 from pituning.errors import RefusedError
 from pituning.example import Example
+from pituning.experiments.cells import write_json
 from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.tasks import pretraining_task
 from pituning.training.progress import RichProgress
@@ -41,6 +42,7 @@ COMPLETE = ' what is the complete text of " {} "?'
 """OFA's prompt for text infilling."""
 
 LOG_FILE = "log.jsonl"
+RECIPE_FILE = "recipe.json"
 MODEL_FOLDER = "model"
 _KINDS = "kinds"  # their place in a batch
 
@@ -147,24 +149,29 @@ def pretrain(
     """Train all parameters by a recipe, and write a folder that :func:`pituning.load_backbone` reads.
 
     ``log.jsonl`` gets a line every ``log_every`` steps: the losses since the last one in nats per token, and
-    examples per second. Checkpoints lie beside it.
+    examples per second. Checkpoints lie beside it, and ``recipe.json`` keeps what the run was begun with.
 
     Args:
         folder: instead of the recipe's ``output``.
-        resume: go on from the last checkpoint in it.
+        resume: go on from the last checkpoint in it. The recipe may differ in what begins after it: more steps before the
+            rate falls, later numbers of examples.
         steps: stop after so many, with the schedule of the whole run; a later call with ``resume`` goes on.
 
     Returns:
         the record that ``model/pretraining.json`` has: steps, seconds, the last losses.
 
     Raises:
-        RefusedError: if the folder holds checkpoints and the run is not to go on from them.
+        RefusedError: if the folder holds checkpoints and the run is not to go on from them, or cannot: they have as many
+            steps already, or were made with other settings; they are named.
     """
     folder = Path(folder or recipe.output)
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     if checkpoints and not resume:
         raise RefusedError(f"{folder} holds {checkpoints[-1].name}: go on from it with resume, or take another folder")
+    if checkpoints:
+        _require_same_run(recipe, folder, checkpoints[-1].name, steps)
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RECIPE_FILE, recipe.model_dump(mode="json"))
     model, processor = build(recipe)
     log = _Log(folder / LOG_FILE, stop_after=steps, seen=recipe.batch_size)
     trainer = _Trainer(
@@ -182,6 +189,29 @@ def pretrain(
     }  # fmt: skip
     _save(model, processor, folder / MODEL_FOLDER, record)
     return record
+
+
+def _require_same_run(recipe: PretrainRecipe, folder: Path, checkpoint: str, stop_after: int | None) -> None:
+    """A folder of an earlier version does not say what its run was begun with."""
+    taken = int(checkpoint.rpartition("-")[2])
+    if stop_after is not None and stop_after <= taken:
+        raise RefusedError(
+            f"{folder} holds {checkpoint}, and the run is to stop after {stop_after} steps: give more than {taken}, or leave "
+            f"the number out to go on to the end ({recipe.steps})"
+        )
+    path = folder / RECIPE_FILE
+    if not path.is_file():
+        return
+    try:
+        begun = PretrainRecipe(**json.loads(path.read_text(encoding="utf-8"))).shaped(taken)
+    except (TypeError, ValueError) as error:
+        raise RefusedError(f"{path} is no recipe to compare with: {error}; remove it to go on without") from error
+    said = recipe.shaped(taken)
+    if other := [f"{name} {begun[name]}, the recipe says {said[name]}" for name in said if begun[name] != said[name]]:
+        raise RefusedError(
+            f"{folder} holds {checkpoint} of a run with {'; '.join(other)}: go on with the settings in {path}, or take another "
+            "folder"
+        )
 
 
 class _Trainer(Trainer):
@@ -213,6 +243,7 @@ class _Log(TrainerCallback):
         self.last: dict[str, float] = {}
         self._sums: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._before = self._begun = self._since = 0.0
+        self._written = 0  # the step of the last line
 
     def add(self, kinds: Sequence[str], losses: Tensor, tokens: Tensor) -> None:
         """Keep a batch's losses until they are written."""
@@ -230,6 +261,7 @@ class _Log(TrainerCallback):
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._before = json.loads(kept[-1])["seconds"] if kept else 0.0
         self._begun = self._since = time.perf_counter()
+        self._written = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.stop_after:
@@ -242,8 +274,8 @@ class _Log(TrainerCallback):
         }
         self._sums.clear()
         now = time.perf_counter()
-        rate = args.logging_steps * self.batch_size / (now - self._since)
-        self._since = now
+        rate = (state.global_step - self._written) * self.batch_size / (now - self._since)
+        self._since, self._written = now, state.global_step
         line = {
             "step": state.global_step,
             "seconds": round(self.seconds(), 1),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pituning.errors import PituningError, RecipeError, UnknownNameError, unknown_name
+from pituning.data.fewshot import stratified_folds
+from pituning.errors import MissingDependencyError, PituningError, RecipeError, UnknownNameError, unknown_name
 from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.experiments.table_recipe import TableRecipe, missing_backbone
-from pituning.tasks.task import load_task
+from pituning.metrics.registry import metric_named
+from pituning.tasks.task import Task, load_task
 
 ARMS = {
     "zero-shot": ("backbone alone", "no expert at all"),
@@ -49,7 +52,7 @@ class PoolSection(_Strict):
 class SearchSection(_Strict):
     """The grid that every arm is tuned on."""
 
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
+    learning_rates: tuple[float, ...] = Field(default=(3e-4, 1e-3), min_length=1)
     steps: int = Field(default=40, ge=1)
     eval_every: int = Field(default=20, ge=1)
     folds: int = Field(default=2, ge=2)
@@ -87,16 +90,23 @@ class Recipe(_Strict):
     method: str = "lora"
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     shots: int = Field(default=16, ge=1)
-    draws: tuple[int, ...] = (0, 1, 2, 3, 4)
-    training_seeds: tuple[int, ...] = (0, 1)
+    draws: tuple[int, ...] = Field(default=(0, 1, 2, 3, 4), min_length=1)
+    training_seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1)
     test_limit: int | None = Field(default=1000, ge=1)
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = Field(default=tuple(ARMS), min_length=1)
     search: SearchSection = SearchSection()
     interpolation: InterpolationSection = InterpolationSection()
     ceiling: bool = True
     gallery: int = Field(default=0, ge=0)
     gallery_tasks: tuple[str, ...] = ()
     output: str
+
+    @field_validator("draws", "training_seeds", "arms")
+    @classmethod
+    def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{twice[0]!r} is there more than once; what is repeated is no further evidence")
+        return values
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
@@ -131,22 +141,62 @@ class Recipe(_Strict):
         return self
 
     def missing_inputs(self) -> list[str]:
-        """What has to be there before the recipe can run, and is not: the tasks' files and the backbone's folder."""
+        """What has to be there before the recipe can run, and is not: the backbone's folder, the tasks' files, and whatever
+        :meth:`lacking` finds.
+        """
         missing = missing_backbone(self.backbone)
+        tasks: dict[str, Task] = {}
         for name in (self.target, *self.pool.tasks):
             try:
-                task = load_task(name)
-                if self.gallery and name in (self.target, *self.gallery_tasks) and task.split("test")[0].image is None:
-                    missing.append(f"gallery: task {name!r} has no pictures")
+                tasks[name] = load_task(name)
             except PituningError as error:
                 missing.append(str(error))
-        return missing
+        return missing + self.lacking(tasks)
 
-    def digest(self) -> str:
-        """Hash of whatever changes an arm's value: cached cells are reused only under the same digest."""
+    def lacking(self, tasks: Mapping[str, Task], drawn: Task | None = None) -> list[str]:
+        """What those of the recipe's tasks lack that could be loaded: splits, shots, pictures, and what metrics need.
+
+        Args:
+            drawn: the target with the shots of a draw, where they have been drawn.
+        """
+        found: list[str] = []
+        for name, task in tasks.items():
+            # an expert that is in the pool already is not scored
+            scored = name == self.target or not (Path(self.pool.folder) / name).is_dir()
+            shown = bool(self.gallery) and name in (self.target, *self.gallery_tasks)
+            wanted = ("train", "test") if scored or shown else ("train",)
+            found += [f"task {name!r}: no split {split!r}" for split in wanted if not task.splits.get(split)]
+            found += _missing_for_metrics(task) if scored else []
+            if shown and task.splits.get("test") and task.split("test")[0].image is None:
+                found.append(f"gallery: task {name!r} has no pictures")
+        target = tasks.get(self.target)
+        if target is not None and target.splits.get("train"):
+            try:
+                drawn = drawn or target.few_shot(self.shots, self.draws[0])
+                stratified_folds(drawn.split("train"), self.search.folds, seed=0)
+            except PituningError as error:
+                found.append(f"target {self.target!r}: {error}")
+        return found
+
+    def digest(self, *found: str) -> str:
+        """Hash of whatever changes an arm's value: cached cells are reused only under the same digest.
+
+        Args:
+            found: what the file does not say: the backbone's fingerprint, the state of the pool's experts.
+        """
         shown = {"title", "draws", "training_seeds", "arms", "ceiling", "gallery", "gallery_tasks", "output"}
         values = self.model_dump(mode="json", exclude=shown)
-        return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:10]
+        return hashlib.sha256(repr((sorted(values.items()), *found)).encode()).hexdigest()[:10]
+
+
+def _missing_for_metrics(task: Task) -> list[str]:
+    missing = []
+    for name in dict.fromkeys((task.metric, *task.more_metrics)):
+        try:
+            metric_named(name).require()
+        except MissingDependencyError as error:
+            missing.append(f"task {task.name!r}: {error}")
+    return missing
 
 
 def load_recipe(path: str | Path) -> Recipe | TableRecipe | PretrainRecipe:

@@ -25,11 +25,13 @@ from pituning.errors import PituningError, RecipeError
 from pituning.example import Example
 from pituning.experiments.cells import write_json
 from pituning.experiments.controls import Draw, own_cache
+from pituning.experiments.kept import Only, state_of
 from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.experiments.recipe import ARMS, Recipe, load_recipe
 from pituning.experiments.table_recipe import TableRecipe
 from pituning.experts.expert import Expert
 from pituning.experts.pool import ExpertPool
+from pituning.problems import listed
 from pituning.similarity.embedding import embed_task, pool_embedding, shared_reference
 from pituning.similarity.graph import task_graph
 from pituning.similarity.measures import FISHER_KINDS
@@ -64,14 +66,16 @@ def run_recipe(
         the results as written to ``results.json``, with ``report``, the path of the page.
 
     Raises:
-        RecipeError: if the recipe is not valid, wants a gallery of a task without pictures, or finds an expert in its pool
-            that was trained on another number of examples than it says.
+        RecipeError: if the recipe is not valid, a task lacks what it needs (a split, pictures for a gallery, what its metrics
+            need), seeds are none or repeated, or an expert in the pool was trained otherwise than the recipe says.
         DataError: if the data of a task cannot be found.
         PituningError: if matplotlib is not installed; results and page are written by then, without the PNG files.
     """
     command = command or f"pituning run {recipe}"
     recipe = recipe if isinstance(recipe, Recipe) else _comparison(recipe)
     if seeds is not None:
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise RecipeError(f"seeds {list(seeds)}: expected one draw or more, each of them once")
         recipe = recipe.model_copy(update={"draws": tuple(seeds)})
     folder = Path(output or recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,19 +84,21 @@ def run_recipe(
     target = load_task(recipe.target)
     # every task's data are read before the first training step: a missing file must not cost an hour
     tasks = {name: _capped(load_task(name), recipe.pool.examples) for name in recipe.pool.tasks}
-    _require_pictures(recipe, target, tasks)
     draws = [target.few_shot(recipe.shots, seed) for seed in recipe.draws]
+    if missing := recipe.lacking({recipe.target: target, **tasks}, draws[0]):
+        raise RecipeError(f"{recipe.title}: {len(missing)} input(s) are missing, nothing was run:{listed(missing)}")
     with _steps(progress) as step, precision(backbone, recipe.precision):
         pool = _train_pool(recipe, backbone, tasks, step)
-        cells = _cells(recipe, backbone, draws, pool, folder, step)
+        digest = recipe.digest(backbone.fingerprint, *(state_of(pool.folder / name) for name in pool.names()))
+        cells = _cells(recipe, backbone, draws, pool, folder, step, digest)
         ceiling = _ceiling(recipe, backbone, target, folder, step) if recipe.ceiling else None
-        galleries = _galleries(recipe, backbone, target, tasks, pool, folder, step) if recipe.gallery else []
+        galleries = _galleries(recipe, backbone, target, tasks, pool, folder, step, digest) if recipe.gallery else []
     with _steps(progress) as step:
         step("task graph", 0, 1)
         results = _compare(recipe, draws, cells, ceiling)
-        results |= _map_of_tasks(Draw(recipe, backbone, draws[0], _Only(pool, recipe.pool.tasks), own_cache(folder)))
+        results |= _map_of_tasks(Draw(recipe, backbone, draws[0], pool, own_cache(folder)))
         step("leak audit", 0, 1)
-        results["audit"] = _audit(_Only(pool, recipe.pool.tasks), target, tasks, draws, recipe.test_limit)
+        results["audit"] = _audit(pool, target, tasks, draws, recipe.test_limit)
     results |= {
         "command": command,
         "seconds": round(time.perf_counter() - start, 1),
@@ -135,30 +141,26 @@ def _capped(task: Task, examples: int | None) -> Task:
     return task if examples is None else replace(task, splits={**task.splits, "train": task.split("train", examples)})
 
 
-def _require_pictures(recipe: Recipe, target: Task, tasks: Mapping[str, Task]) -> None:
-    for task in (target, *(tasks[name] for name in recipe.gallery_tasks)):
-        if recipe.gallery and not _has_pictures(task):
-            raise RecipeError(f"gallery: the test examples of task {task.name!r} have no pictures to show")
-
-
 def _has_pictures(task: Task) -> bool:
     return task.split("test")[0].image is not None
 
 
-def _train_pool(recipe: Recipe, backbone: Backbone, tasks: Mapping[str, Task], step: Any) -> ExpertPool:
+def _train_pool(recipe: Recipe, backbone: Backbone, tasks: Mapping[str, Task], step: Any) -> Only:
+    """The recipe's experts, the missing ones trained; others in the folder are not looked at."""
     pool = ExpertPool(recipe.pool.folder)
     settings = FULL_DATA.with_(epochs=recipe.pool.epochs, learning_rate=recipe.pool.learning_rate)
     for index, (name, task) in enumerate(tasks.items()):
         step(f"expert for {name}", index, len(tasks))
         if name not in pool.names():
             expert = train_expert(backbone, task, recipe.method, settings=settings)
+            pool.add(expert)  # first: nothing that the evaluation meets must cost the training
             result = evaluate(backbone, expert, task, limit=min(500, recipe.test_limit or 500))
             pool.add(expert.with_card(metrics={**expert.card.metrics, f"test {task.metric}": result.value}))
             continue
         expert = pool.load(name)
         expert.require_backbone(backbone)
         _require_as_the_recipe_says(recipe, pool, expert, len(task.split("train")))
-    return pool
+    return Only(pool, recipe.pool.tasks)
 
 
 def _require_as_the_recipe_says(recipe: Recipe, pool: ExpertPool, expert: Expert, examples: int) -> None:
@@ -179,50 +181,44 @@ def _require_as_the_recipe_says(recipe: Recipe, pool: ExpertPool, expert: Expert
 
 
 def _cells(
-    recipe: Recipe, backbone: Backbone, draws: Sequence[Task], pool: ExpertPool, folder: Path, step: Any
+    recipe: Recipe,
+    backbone: Backbone,
+    draws: Sequence[Task],
+    pool: ExpertPool,
+    folder: Path,
+    step: Any,
+    digest: str,
 ) -> dict[str, list[dict[str, Any]]]:
     cells: dict[str, list[dict[str, Any]]] = {arm: [] for arm in recipe.arms}
     store = folder / "cells"
     store.mkdir(exist_ok=True)
     total = len(recipe.draws) * len(recipe.arms)
     for number, task in enumerate(draws):
-        draw = Draw(recipe, backbone, task, _Only(pool, recipe.pool.tasks), own_cache(folder))
+        draw = Draw(recipe, backbone, task, pool, own_cache(folder))
         for index, arm in enumerate(recipe.arms):
             step(f"draw {task.seed}: {ARMS[arm][0]}", number * len(recipe.arms) + index, total)
             seeds = "-".join(map(str, recipe.training_seeds))
-            path = store / f"{recipe.digest()}.{arm}.{task.seed}.{seeds}.json"
+            path = store / f"{digest}.{arm}.{task.seed}.{seeds}.json"
             # a gallery of the first draw shows what π answers, which its cell does not hold
-            expert_missing = (
-                arm == "pi" and recipe.gallery and not number and _pi_name(recipe, task.seed) not in draw.cache.names()
-            )
+            kept = _pi_name(recipe, digest, task.seed)
+            expert_missing = arm == "pi" and recipe.gallery and not number and kept not in draw.cache.names()
             if not path.is_file() or expert_missing:
-                write_json(path, _cell(draw, arm, recipe.test_limit))
+                write_json(path, _cell(draw, arm, recipe.test_limit, kept))
             cells[arm].append(json.loads(path.read_text(encoding="utf-8")))
     return cells
 
 
-def _pi_name(recipe: Recipe, draw: int) -> str:
+def _pi_name(recipe: Recipe, digest: str, draw: int) -> str:
     """What π's expert of the first training seed is called beside the own experts."""
-    return f"pi-{recipe.digest()}-{draw}-{recipe.training_seeds[0]}"
+    return f"pi-{digest}-{draw}-{recipe.training_seeds[0]}"
 
 
-class _Only(ExpertPool):
-    """A pool seen through the recipe: only the experts it names."""
-
-    def __init__(self, pool: ExpertPool, names: Sequence[str]) -> None:
-        super().__init__(pool.folder)
-        self._allowed = set(names)
-
-    def names(self) -> list[str]:
-        return [n for n in super().names() if n in self._allowed]
-
-
-def _cell(draw: Draw, arm: str, limit: int | None) -> dict[str, Any]:
+def _cell(draw: Draw, arm: str, limit: int | None, pi_name: str) -> dict[str, Any]:
     start = time.perf_counter()
     result = draw.run(arm)
     evaluations = [evaluate(draw.backbone, expert, draw.task, "test", limit) for expert in result.experts]
     if arm == "pi" and draw.recipe.gallery and (expert := result.experts[0]):
-        expert.save(draw.cache.folder / _pi_name(draw.recipe, draw.task.seed))
+        expert.save(draw.cache.folder / pi_name)
     return {
         "values": [e.value for e in evaluations],
         "log_loss": [_log_loss(e) for e in evaluations],
@@ -237,7 +233,7 @@ def _log_loss(found: Evaluation) -> float | None:
 
 
 def _ceiling(recipe: Recipe, backbone: Backbone, target: Task, folder: Path, step: Any) -> dict[str, Any]:
-    path = folder / "cells" / f"{recipe.digest()}.ceiling.json"
+    path = folder / "cells" / f"{recipe.digest(backbone.fingerprint)}.ceiling.json"
     if not path.is_file():
         step("expert on the full data", 0, 1)
         settings = FULL_DATA.with_(epochs=recipe.pool.epochs, learning_rate=recipe.pool.learning_rate)
@@ -257,6 +253,7 @@ def _galleries(
     pool: ExpertPool,
     folder: Path,
     step: Any,
+    digest: str,
 ) -> list[dict[str, Any]]:
     """What the bare backbone answers beside π of the first draw, and for tasks of the pool beside their expert."""
     from pituning.report.gallery import make_gallery
@@ -266,11 +263,11 @@ def _galleries(
     for number, (name, task) in enumerate(wanted.items()):
         step(f"gallery of {name}", number, len(wanted))
         seeds = f"{first}.{recipe.training_seeds[0]}"
-        path = folder / "cells" / f"{recipe.digest()}.gallery.{name}.{recipe.gallery}.{seeds}.json"
+        path = folder / "cells" / f"{digest}.gallery.{name}.{recipe.gallery}.{seeds}.json"
         if not path.is_file():
             expert, after = pool.load(name) if name in tasks else None, f"the pool's expert for {name}"
             if expert is None:
-                expert = Expert.load(own_cache(folder).folder / _pi_name(recipe, first))
+                expert = Expert.load(own_cache(folder).folder / _pi_name(recipe, digest, first))
                 after = f"π, from {recipe.shots} shots (draw {first})"
             bare, carried = (predict(backbone, e, task, "test", recipe.test_limit) for e in (None, expert))
             names = f"{backbone.name}, no expert", after

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pituning.errors import MissingDependencyError, PituningError, unknown_name
-from pituning.metrics.registry import metric_named
+from pituning.metrics.registry import FITTING, metric_named, metric_names
 from pituning.training.trainer import TrainSettings
 
 Stage = Literal["experts", "fisher", "interpolation"]
@@ -52,11 +52,21 @@ class TrainingSection(_Strict):
     augment: bool | None = None
     eval_every: int | None = Field(default=None, ge=0)
     keep_best: bool | None = None
-    seed: int | None = None
 
     def given(self) -> dict[str, Any]:
         """The settings that this section names."""
         return self.model_dump(exclude_none=True)
+
+
+def merged(*sections: TrainingSection) -> dict[str, Any]:
+    """What sections name, a more special one after a more general one: its steps replace epochs, and its epochs steps."""
+    found: dict[str, Any] = {}
+    for section in sections:
+        given = section.given()
+        if given.keys() & {"steps", "epochs"}:
+            found = {name: value for name, value in found.items() if name not in ("steps", "epochs")}
+        found |= given
+    return found
 
 
 class MethodSection(_Strict):
@@ -104,7 +114,8 @@ class TableRecipe(_Strict):
         data: folder of data sets, each in a folder of its own; without it they are looked for as :func:`load_task` does.
         pool: the experts to choose from; stage 1 puts full-data experts there.
         own: where few-shot experts and blends go, so that no few-shot expert is chosen for another task.
-        shots: labelled examples per class; the learning rate and the number of steps are then found by cross-fitting.
+        shots: labelled examples per class; the learning rate and the number of steps are then found by cross-fitting, and
+            there are no sections ``training``.
         training: common to all runs of all stages.
         interpolation: stage 3; none for a table of zero-shot transfer.
         zero_shot: also evaluate the bare backbone and the most similar expert as it is.
@@ -139,16 +150,22 @@ class TableRecipe(_Strict):
         """Where few-shot experts and blends go."""
         return Path(self.own or self.pool)
 
+    def said(self, method: str, task: str) -> dict[str, Any]:
+        """The settings of a stage 1 run that the recipe names."""
+        return merged(self.training, self.methods[method].training, self.tasks[task].training)
+
+    def said_of_blend(self, task: str) -> dict[str, Any]:
+        """Those of a stage 3 run."""
+        assert self.interpolation is not None
+        return merged(self.training, self.tasks[task].training, self.interpolation.training)
+
     def settings(self, method: str, task: str) -> TrainSettings | None:
         """Settings of a stage 1 run; ``None`` where cross-fitting finds them."""
-        given = {**self.training.given(), **self.methods[method].training.given(), **self.tasks[task].training.given()}
-        return None if self.shots is not None else TrainSettings(**{"keep_best": True, **given})
+        return None if self.shots is not None else TrainSettings(**{"keep_best": True, **self.said(method, task)})
 
     def blend_settings(self, task: str) -> TrainSettings | None:
         """Settings of a stage 3 run, likewise."""
-        assert self.interpolation is not None
-        given = {**self.training.given(), **self.tasks[task].training.given(), **self.interpolation.training.given()}
-        return None if self.shots is not None else TrainSettings(**{"keep_best": True, **given})
+        return None if self.shots is not None else TrainSettings(**{"keep_best": True, **self.said_of_blend(task)})
 
     def expert_name(self, task: str, method: str) -> str:
         """What a stage 1 expert is called in its folder."""
@@ -158,9 +175,15 @@ class TableRecipe(_Strict):
         """What a blend is called in its folder."""
         return self.expert_name(task, PI)
 
+    def named_experts(self, task: str) -> list[str]:
+        """The experts that the recipe names for a task's blend, as the pool calls them: few-shot ones lie in ``own``."""
+        assert self.interpolation is not None
+        method, apart = self.interpolation.method, self.own_folder != Path(self.pool)
+        return [f"{e}-{method}" if apart else self.expert_name(e, method) for e in self.tasks[task].experts]
+
     def missing_inputs(self, tasks: Sequence[str] = ()) -> list[str]:
         """What has to be there before the recipe can run, and is not: the backbone's folder, and of the tasks (all by
-        default) the files, and what their metrics need.
+        default) the files, and what their metrics need; and columns whose metric does not fit the task's answers.
         """
         from pituning.tasks.task import load_task
 
@@ -172,10 +195,19 @@ class TableRecipe(_Strict):
             except PituningError as error:
                 missing.append(str(error))
                 continue
+            boxes = metric_named(task.metric).answers == "box"
+            fitting = FITTING["box" if boxes else "choice" if task.choices else "text"]
             columns = [column.partition(":")[2] for column in section.evaluate]
-            for metric in dict.fromkeys((task.metric, *task.more_metrics, *filter(None, columns))):
+            for metric in map(metric_named, dict.fromkeys((task.metric, *task.more_metrics, *filter(None, columns)))):
+                if metric.answers not in fitting:
+                    others = " or ".join(other for answers in fitting for other in metric_names(answers))
+                    missing.append(
+                        f"tasks.{name}.evaluate: metric {metric.name!r} compares answers of the kind {metric.answers!r}, "
+                        f"which are not the task's; it may be {others}"
+                    )
+                    continue
                 try:
-                    metric_named(metric).require()
+                    metric.require()
                 except MissingDependencyError as error:
                     missing.append(f"task {name!r}: {error}")
             wanted = {"train", *(column.split(":")[0] for column in section.evaluate)}
@@ -253,8 +285,9 @@ class TableRecipe(_Strict):
                 problems.append(f"{place}: give either steps or epochs, not both")
             if section.schedule is not None and section.schedule not in schedules:
                 problems.append(f"{place}: {unknown_name('schedule', section.schedule, schedules)}")
-            if self.shots is not None and section.given().keys() & {"learning_rate", "steps", "epochs"}:
+            if self.shots is not None and (given := section.given()):
                 problems.append(
-                    f"{place}: with shots, learning rate and steps are found by cross-fitting; leave them out"
+                    f"{place}: with shots, cross-fitting finds learning rate and steps and has settings of its own; "
+                    f"leave out {', '.join(given)}"
                 )
         return problems

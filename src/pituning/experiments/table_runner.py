@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pituning.backbones import Backbone, load_backbone
 from pituning.errors import PituningError, RecipeError, unknown_name
 from pituning.experiments.cells import write_json
+from pituning.experiments.kept import (
+    STAGE_3,
+    Only,
+    blend_differences,
+    differences,
+    digest_of,
+    state_of,
+    without_blends,
+)
 from pituning.experiments.table_recipe import BARE, PI, STAGES, Stage, TableRecipe
-from pituning.experts.expert import Expert
+from pituning.experts.expert import Expert, read_card
 from pituning.experts.pool import ExpertPool
 from pituning.problems import listed
 from pituning.similarity.embedding import pool_embedding
@@ -38,6 +47,9 @@ def run_table(
 ) -> dict[str, Any]:
     """Run stages of a table's recipe and write ``results.json``.
 
+    An expert that is there is not trained again, and a figure that is there is kept as long as whatever it depends on is
+    the same: the expert, the backbone, the precision and the examples.
+
     Args:
         output: instead of the recipe's own.
         stages: which of ``experts``, ``fisher`` and ``interpolation``.
@@ -48,7 +60,8 @@ def run_table(
         figure, as far as they are known.
 
     Raises:
-        RecipeError: if an input of these tasks is missing; all of them are listed.
+        RecipeError: if an input of these tasks is missing, a blend names experts that are not there, or an expert from an
+            earlier run was made otherwise than the recipe says; all of them are listed.
         UnknownNameError: for a task that the recipe does not have.
     """
     if wrong := [t for t in tasks if t not in recipe.tasks]:
@@ -56,6 +69,8 @@ def run_table(
     if missing := recipe.missing_inputs(tasks):
         raise RecipeError(f"{recipe.title}: {len(missing)} input(s) are missing, nothing was run:{listed(missing)}")
     run = _Run(recipe, Path(output or recipe.output), tasks or tuple(recipe.tasks), progress)
+    if wrong := [*run.absent_experts(stages), *run.other_experts(stages)]:
+        raise RecipeError(f"{recipe.title}: {len(wrong)} problem(s) with experts, nothing was run:{listed(wrong)}")
     start = time.perf_counter()
     with precision(run.backbone, recipe.precision):
         for stage in STAGES:
@@ -73,23 +88,57 @@ class _Run:
         self.pool, self.own = ExpertPool(recipe.pool), ExpertPool(recipe.own_folder)
         self.cells = folder / "cells"
         self.cells.mkdir(parents=True, exist_ok=True)
+        self._states: dict[Path, str] = {}
 
     def task(self, name: str) -> Task:
         recipe = self.recipe
         return load_task(name, shots=recipe.shots, seed=recipe.seed, data=recipe.data)
+
+    @property
+    def candidates(self) -> Only:
+        """The experts to choose from. No blend is among them: what a task gets must not depend on which came before it."""
+        return without_blends(self.pool)
+
+    def absent_experts(self, stages: Sequence[Stage]) -> list[str]:
+        """Experts that a blend of this run names, and that neither are there nor are trained before it."""
+        if self.recipe.interpolation is None or "interpolation" not in stages:
+            return []
+        trained = {
+            self.recipe.expert_name(n, m) for n in self.names for m in self.recipe.methods if "experts" in stages
+        }
+        return [
+            f"tasks.{task}.experts: there is no expert {name!r} in {self.pool.folder}; run the stage 'experts' for its task "
+            "into that pool first, or name others"
+            for task in self.names
+            if self._folder(self.recipe.blend_name(task)) is None
+            for name in self.recipe.named_experts(task)
+            if name not in self.pool.names() and (name not in trained or self._trained_into.folder != self.pool.folder)
+        ]
+
+    def other_experts(self, stages: Sequence[Stage]) -> list[str]:
+        """Experts of these tasks that are there, but were made otherwise than the recipe says."""
+        found = []
+        for task in self.names:
+            for method in self.recipe.methods:
+                found += self._differences(self.recipe.expert_name(task, method), self._trained_as(task, method))
+            if self.recipe.interpolation is not None and "interpolation" in stages:
+                found += self._differences(self.recipe.blend_name(task), self._blended_as(task))
+        return found
 
     def experts(self) -> None:
         """Stage 1: an expert for every task and method, and its figures."""
         for name in self.names:
             task = self.task(name)
             for method, section in self.recipe.methods.items():
+                log = self._log(name, method, self._trained_as(name, method))
                 expert = self._kept(
                     self.recipe.expert_name(name, method),
-                    lambda task=task, method=method, section=section: train_expert(
-                        self.backbone, task, method,
-                        settings=self.recipe.settings(method, task.name), seed=self.recipe.seed,
-                        folder=self._log(task.name, method), resume=True, progress=self.progress, **section.options,
+                    partial(
+                        train_expert, self.backbone, task, method,
+                        settings=self.recipe.settings(method, name), seed=self.recipe.seed,
+                        folder=log, resume=log is not None, progress=self.progress, **section.options,
                     ),
+                    self._trained_into,
                 )  # fmt: skip
                 self._measure(name, method, expert)
 
@@ -98,10 +147,11 @@ class _Run:
         blend_section = self.recipe.interpolation
         if blend_section is None:
             return
-        for name in self.pool.names():
-            expert = self.pool.load(name)
+        candidates = self.candidates
+        for name in candidates.names():
+            expert = candidates.load(name)
             if expert.card.method == blend_section.method and expert.card.task in self.recipe.tasks:
-                pool_embedding(self.backbone, self.pool, name, blend_section.reference, data=self.recipe.data)
+                pool_embedding(self.backbone, candidates, name, blend_section.reference, data=self.recipe.data)
 
     def interpolation(self) -> None:
         """Stage 3: choose and blend, and the figures of the blends (and of zero-shot transfer)."""
@@ -109,7 +159,11 @@ class _Run:
             if self.recipe.zero_shot:
                 self._zero_shot(name)
             if self.recipe.interpolation is not None:
-                blended = self._kept(self.recipe.blend_name(name), lambda name=name: self._blended(name))
+                blend_name = self.recipe.blend_name(name)
+                # once more: stage 1 may have trained an expert again since the run began
+                if wrong := self._differences(blend_name, self._blended_as(name)):
+                    raise RecipeError(f"{self.recipe.title}:{listed(wrong)}")
+                blended = self._kept(blend_name, partial(self._blended, name), self.own)
                 self._measure(name, PI, blended)
 
     def results(self) -> dict[str, Any]:
@@ -139,12 +193,13 @@ class _Run:
         assert section is not None
         task = self.task(name)
         own = self._expert(recipe.expert_name(name, section.method))
-        named = [recipe.expert_name(e, section.method) for e in recipe.tasks[name].experts]
+        named, candidates = recipe.named_experts(name), self.candidates
         ranking = rank_experts(
-            self.backbone, task, self.pool, own, kind=section.kind, reference=section.reference, data=recipe.data,
-            exclude=[e for e in self.pool.names() if e not in named] if named else [],
+            self.backbone, task, candidates, own, kind=section.kind, reference=section.reference, data=recipe.data,
+            exclude=[e for e in candidates.names() if e not in named] if named else [],
         )  # fmt: skip
         chosen = ranking.top(len(named) or section.top)
+        record = {**self._section(name), "members": self._members([own.name, *(e.name for e in chosen)])}
         common: dict[str, Any] = {
             "train": section.train,
             "granularity": section.granularity,
@@ -155,18 +210,21 @@ class _Run:
         settings = recipe.blend_settings(name)
         if settings is None:
             include: bool | str = "auto" if section.include_own else False
-            return interpolate(self.backbone, task, chosen, own, include_own=include, **common).expert
-        return blend(
-            self.backbone, task, chosen, own if section.include_own else None, settings=settings,
-            folder=self._log(name, PI), resume=True, progress=self.progress, **common,
-        ).expert  # fmt: skip
+            expert = interpolate(self.backbone, task, chosen, own, include_own=include, **common).expert
+        else:
+            expert = blend(
+                self.backbone, task, chosen, own if section.include_own else None, settings=settings,
+                folder=self._log(name, PI, {**recipe.said_of_blend(name), **record}), resume=True, progress=self.progress,
+                **common,
+            ).expert  # fmt: skip
+        return expert.with_card(training={**expert.card.training, STAGE_3: record})
 
     def _zero_shot(self, name: str) -> None:
         section = self.recipe.interpolation
         self._measure(name, BARE, None)
         if section is None and not self._cell(name, PI).is_file():
             ranking = most_similar(
-                self.backbone, self.task(name), self.pool, method=next(iter(self.recipe.methods)), data=self.recipe.data
+                self.backbone, self.task(name), self.candidates, method=self._method, data=self.recipe.data
             )
             self._measure(name, PI, ranking.experts[0])
 
@@ -180,15 +238,73 @@ class _Run:
             f"there is no expert {name!r} in {self.own.folder} or {self.pool.folder}: run the stage 'experts' first"
         )
 
-    def _kept(self, name: str, make: Any) -> Expert:
+    @property
+    def _trained_into(self) -> ExpertPool:
+        """Where stage 1 puts its experts: few-shot ones are chosen for no other task."""
+        return self.pool if self.recipe.shots is None else self.own
+
+    def _kept(self, name: str, make: Callable[[], Expert], into: ExpertPool) -> Expert:
         """The expert of that name, made and stored where it is not there yet."""
-        try:
-            return self._expert(name)
-        except PituningError:
-            if name in self.own.names() or name in self.pool.names():
-                raise  # it is there, and broken or of another backbone
-        self.own.add(make().with_card(name=name), name)
-        return self.own.load(name)
+        if self._folder(name) is None:
+            into.add(make().with_card(name=name), name)
+        return self._expert(name)
+
+    def _folder(self, name: str) -> Path | None:
+        """Where the expert of that name lies, if it is there."""
+        return next((pool.folder / name for pool in (self.own, self.pool) if name in pool.names()), None)
+
+    @property
+    def _method(self) -> str:
+        """The method of the experts that zero-shot transfer chooses from."""
+        return next(iter(self.recipe.methods))
+
+    def _trained_as(self, task: str, method: str) -> dict[str, Any]:
+        """What the recipe says of a stage 1 expert: settings and options."""
+        options = dict(self.recipe.methods[method].options)
+        return {"settings": self._said(self.recipe.said(method, task)), "options": options}
+
+    def _blended_as(self, task: str) -> dict[str, Any]:
+        """The same of a blend, and how its experts are chosen."""
+        return {"settings": self._said(self.recipe.said_of_blend(task)), "section": self._section(task)}
+
+    def _said(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(settings)
+        if "epochs" in found:
+            found["steps"] = None  # they would count, and not the epochs
+        if "seed" in self.recipe.model_fields_set and self.recipe.shots is None:
+            found["seed"] = self.recipe.seed
+        return found
+
+    def _section(self, task: str) -> dict[str, Any]:
+        section = self.recipe.interpolation
+        assert section is not None
+        return {**section.model_dump(mode="json", exclude={"training"}), "experts": self.recipe.named_experts(task)}
+
+    def _differences(self, name: str, said: Mapping[str, Any]) -> list[str]:
+        """Where an expert that is there was made otherwise than the recipe says, as one line."""
+        folder = self._folder(name)
+        if folder is None:
+            return []
+        expert = self._expert(name)
+        found = differences(expert, said["settings"], said.get("options", {}))
+        if "section" in said:
+            members = expert.card.training.get(STAGE_3, {}).get("members", {})
+            found += blend_differences(expert, said["section"], self._members(members))
+        if not found:
+            return []
+        return [
+            f"expert {name!r} was made with {'; '.join(found)}. Remove the folder {folder} to have it made anew, or name "
+            "another folder"
+        ]
+
+    def _members(self, names: Iterable[str]) -> dict[str, str]:
+        """State of those of the experts that are there."""
+        return {name: self._state(folder) for name in names if (folder := self._folder(name))}
+
+    def _state(self, folder: Path) -> str:
+        if folder not in self._states:  # no run replaces an expert that is there
+            self._states[folder] = state_of(folder)
+        return self._states[folder]
 
     def _measure(self, name: str, row: str, expert: Expert | None) -> None:
         """Keep the figures of an expert, or of the bare backbone, unless they are there."""
@@ -209,19 +325,36 @@ class _Run:
         )
 
     def _cell(self, task: str, row: str) -> Path:
-        """The file of a row's figures for a task; changed settings have another one."""
+        """The file of a row's figures for a task; other settings, experts or circumstances have another one."""
         section = self.recipe.tasks[task]
-        values = self.recipe.model_dump(mode="json", include={"backbone", "shots", "seed", "test_limit", "training"})
+        values = self.recipe.model_dump(
+            mode="json", include={"data", "precision", "shots", "seed", "test_limit", "training"}
+        )
         values |= {"task": section.model_dump(mode="json", exclude={"published"}), "row": row}
+        values |= {"backbone": self.backbone.fingerprint, "experts": self._behind(task, row)}
         if row in self.recipe.methods:
             values["method"] = self.recipe.methods[row].model_dump(mode="json")
         elif self.recipe.interpolation is not None:
             values["interpolation"] = self.recipe.interpolation.model_dump(mode="json")
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-        return self.cells / f"{task}.{row}.{digest}.json"
+        return self.cells / f"{task}.{row}.{digest_of(values)}.json"
 
-    def _log(self, task: str, row: str) -> Path | None:
-        return None if self.recipe.shots is not None else self.folder / "runs" / f"{task}-{row}"
+    def _behind(self, task: str, row: str) -> dict[str, str]:
+        """The experts that a figure is of, with their state: of zero-shot transfer all that may be chosen."""
+        if row == BARE:
+            return {}
+        if row in self.recipe.methods:
+            return self._members([self.recipe.expert_name(task, row)])
+        if self.recipe.interpolation is not None:
+            return self._members([self.recipe.blend_name(task)])
+        folders = [self.pool.folder / name for name in self.candidates.names()]
+        return {f.name: self._state(f) for f in folders if read_card(f).method == self._method}
+
+    def _log(self, task: str, row: str, said: Mapping[str, Any]) -> Path | None:
+        """Folder of a run's checkpoints: only the same run on the same backbone goes on from them."""
+        if self.recipe.shots is not None:
+            return None
+        values = {**said, "backbone": self.backbone.fingerprint, "data": self.recipe.data}
+        return self.folder / "runs" / f"{task}-{row}-{digest_of(values)}"
 
 
 def _columns(columns: Sequence[str]) -> list[tuple[str, str, str]]:

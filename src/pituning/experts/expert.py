@@ -6,10 +6,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pituning.backbones.base import PACKAGED, Backbone
+from pituning.data.tsv import is_alive
 from pituning.errors import BackboneMismatchError, ExpertError
 from pituning.methods.attach import attached, check_tensors, initial_tensors
 from pituning.methods.prefix import folded
@@ -28,6 +32,10 @@ from pituning.version import __version__
 
 SCHEMA = 1
 _OLD = ".old"
+_KEPT = re.compile(r"\.(?P<name>.+)\.(?P<mark>[^.]+)" + re.escape(_OLD))
+_ABANDONED = 3600.0  # seconds after which nobody is in the middle of replacing a folder
+_MARK = re.compile(r"([0-9a-f]{8})-(\d+)-.*")  # host, process, and what tells its saves apart
+_saving: set[str] = set()  # marks of this process's unfinished saves
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "expert.json"
 
 
@@ -236,13 +244,36 @@ def file_hash(path: Path) -> str:
 
 
 def recover_interrupted(folder: Path) -> None:
-    """Finish a save that died half-way: bring back an earlier version whose place is empty, drop a replaced one."""
+    """Finish a save that died half-way: bring back an earlier version whose place is empty, drop a replaced one.
+
+    What another process is about to replace is left alone: it is in the middle of a save.
+    """
     for kept in folder.glob(f".*{_OLD}"):
-        name = kept.name[1:].rsplit(".", 2)[0]
-        if (folder / name).exists():
-            shutil.rmtree(kept, ignore_errors=True)
-        else:
-            kept.rename(folder / name)
+        if (parts := _KEPT.fullmatch(kept.name)) is None:
+            continue
+        with suppress(FileNotFoundError):  # another process may be faster
+            if not _is_abandoned(kept, parts["mark"]):
+                continue
+            if (folder / parts["name"]).exists():
+                shutil.rmtree(kept, ignore_errors=True)
+            else:
+                kept.rename(folder / parts["name"])
+
+
+def _is_abandoned(kept: Path, mark: str) -> bool:
+    """Whether nobody is at work on a folder: its process is dead, or it has lain there for long."""
+    found = kept.lstat()
+    if time.time() - max(found.st_mtime, found.st_ctime) > _ABANDONED:  # a rename changes the latter
+        return True
+    written = _MARK.fullmatch(mark)
+    if written is None or written[1] != _host():
+        return False
+    process = int(written[2])
+    return mark not in _saving if process == os.getpid() else not is_alive(process)
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 @contextmanager
@@ -253,7 +284,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        prefix = f".{folder.name}.{_host()}-{os.getpid()}-"
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=folder.parent))
+        _saving.add(temporary.name.split(".")[-2])
         temporary.chmod(0o755)
         yield temporary
         for path in temporary.iterdir():
@@ -266,7 +299,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             except OSError:
                 old.rename(folder)
                 raise
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # the new one is in its place: this cannot fail the save
         else:
             temporary.rename(folder)
     except (OSError, safetensors.SafetensorError) as error:
@@ -274,6 +307,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+            _saving.discard(temporary.name.split(".")[-2])
+
+
+def later_schema(folder: Path) -> int | None:
+    """The schema of an expert's card if a later version of pituning has written it, otherwise ``None``."""
+    try:
+        schema = _read_json(folder / CARD_FILE, "").get("schema")
+    except ExpertError:
+        return None
+    return schema if isinstance(schema, int) and schema > SCHEMA else None
 
 
 def _sync(path: Path) -> None:

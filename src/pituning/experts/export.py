@@ -51,6 +51,10 @@ def export_merged(
 
     Needs the memory of a second copy of the backbone.
 
+    Of an encoder the proof takes the label texts' embeddings from the bare backbone, as the expert was trained. Loaded as a
+    backbone, the merged encoder encodes the label texts itself, so that its answers are not those of backbone and expert; its
+    embeddings of inputs are.
+
     Args:
         folder: a new folder.
         probes: examples on which the merged model's losses must be those of the backbone with the expert.

@@ -45,7 +45,7 @@ def import_expert(
     drop_heads: bool = False,
     any_base: bool = False,
 ) -> Expert:
-    """Read a PEFT adapter that pituning did not write, and prove that it fits the backbone.
+    """Read a PEFT adapter, one that pituning did not write or one of its own, and prove that it fits the backbone.
 
     Names are matched where they differ by the adapter's name in the key, or by what stands in front of the module's name
     (``base_model.model.model.layers.0…`` for ``base_model.model.layers.0…``, as between model classes and releases of
@@ -54,7 +54,8 @@ def import_expert(
     Args:
         source: a folder, or a hub repository's id.
         name: of the expert; the folder's or repository's last part by default.
-        task, licence: what it was trained for, and under which terms it may be used, where that is known.
+        task, licence: what it was trained for, and under which terms it may be used, where that is known; by default what the
+            card of one of pituning's own says.
         revision: of the hub repository.
         drop_heads: leave out whole modules that were saved beside the adapter and that the backbone does not have, such as a
             classification head. Without it they are refused, by name: pituning scores answers without heads, and a head that
@@ -65,14 +66,21 @@ def import_expert(
         ExpertError: if a file is missing or a pickle, a setting is unknown to this version of PEFT, a tensor does not find
             its place, or the adapter has no effect.
         BackboneMismatchError: if it was trained on another base.
-        RefusedError: if it holds a head or other whole modules.
+        RefusedError: if it holds a head or other whole modules; for ``drop_heads`` or ``any_base`` with one of pituning's own.
     """
     folder = fetched(source, revision)
-    if (folder / CARD_FILE).is_file():  # one of ours
+    if (folder / CARD_FILE).is_file():
+        if drop_heads or any_base:
+            said = "drop_heads (--drop-heads)" if drop_heads else "any_base (--any-base)"
+            raise RefusedError(
+                f"{folder} holds an expert that pituning wrote, whose card names its backbone by fingerprint and which has no "
+                f"head: leave out {said}"
+            )
         expert = Expert.load(folder)
         expert.verify(backbone)
         require_sound(expert)
-        return expert.with_card(name=name or expert.name)
+        said_of = {"name": name, "task": task, "licence": licence}
+        return expert.with_card(**{key: value for key, value in said_of.items() if value})
     if not (folder / TENSOR_FILE).is_file() and any((folder / pickle).is_file() for pickle in _PICKLES):
         raise ExpertError(
             f"{folder} holds its tensors as a pickle only, which is never read: load it where it was made and save it again "

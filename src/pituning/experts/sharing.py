@@ -24,11 +24,12 @@ def push(pool: ExpertPool, name: str, target: str | Path, *, private: bool = Fal
         where it now is.
 
     Raises:
-        ExpertError: if the expert is broken, or the hub refuses.
+        ExpertError: if the expert is broken, the folder has one of that name, or the hub refuses.
     """
     pool.load(name).verify()
     source = pool.folder / name
     if (folder := _local(target)) is not None:
+        require_new(ExpertPool(folder), name)
         expert = ExpertPool(folder).add(pool.load(name))
         for extra in source.iterdir():
             if not (expert / extra.name).exists():
@@ -62,8 +63,7 @@ def pull(source: str | Path, pool: ExpertPool, name: str, *, revision: str | Non
     Raises:
         ExpertError: if there is no such expert, the pool has one of that name, or what came is not what was pushed.
     """
-    if name in pool.names():
-        raise ExpertError(f"pool {pool.folder} has an expert {name!r} already; remove or rename it first")
+    require_new(pool, name)
     folder = _local(source)
     if folder is None:
         from huggingface_hub import snapshot_download
@@ -81,6 +81,12 @@ def pull(source: str | Path, pool: ExpertPool, name: str, *, revision: str | Non
         if not (saved / extra.name).exists():
             shutil.copy2(extra, saved / extra.name)
     return pool.load(name)
+
+
+def require_new(pool: ExpertPool, name: str) -> None:
+    """Raise if a pool has an expert of that name already: what comes from elsewhere replaces nothing."""
+    if name in pool.names():
+        raise ExpertError(f"pool {pool.folder} has an expert {name!r} already; remove or rename it first")
 
 
 def _local(place: str | Path) -> Path | None:

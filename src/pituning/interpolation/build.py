@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ ZEROS = {
     "IA3": 1.0,
 }  # methods whose experts start where they change nothing, and the value of all tensors there
 # Settings that change the base weights or the meaning of the factors have no exact product form.
-_LORA_REFUSED = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices")
+_LORA_REFUSED = (
+    "use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
+)  # fmt: skip
 
 
 def group_name(key: str, granularity: Granularity) -> str:
@@ -142,6 +145,7 @@ def build_mixture(
     if train not in TRAIN_MODES:
         raise RefusedError(f"train must be one of {', '.join(TRAIN_MODES)}, not {train!r}")
     kind = Coefficients(coefficients, temperature, scale)
+    experts = on_cpu(experts)
     require_compatible(experts)
     names = group_names(experts, granularity)
     rows = _weight_rows(weights, len(names), experts) * scale
@@ -162,6 +166,16 @@ def build_mixture(
     if product.single:
         return product, dict(experts[0].config)
     return product, lora_config(product.ranks(), product.has_bias, experts[0].config)
+
+
+def on_cpu(experts: Sequence[Expert]) -> Sequence[Expert]:
+    """The experts with their tensors on the CPU, where a pool's are, so that they can be combined with one another."""
+    return [
+        e
+        if all(t.device.type == "cpu" for t in e.tensors.values())
+        else replace(e, tensors={k: t.cpu() for k, t in e.tensors.items()})
+        for e in experts
+    ]
 
 
 def without_product_form(expert: Expert) -> list[str]:
@@ -256,7 +270,7 @@ def common_start(experts: Sequence[Expert], initial: Mapping[str, Tensor] | None
                 f"{why}: expert {expert.name!r} started from {expert.card.init_hash or 'an unknown place'}, not from the "
                 f"given {start}"
             )
-    return dict(initial)
+    return {k: t.to(first.tensors[k].device) for k, t in initial.items()}
 
 
 def _units(expert: Expert) -> dict[str, str]:
@@ -317,6 +331,7 @@ def require_compatible(experts: Sequence[Expert]) -> None:
     for other in known[1:]:
         if other.card.fingerprint != known[0].card.fingerprint:
             raise RefusedError(f"experts {known[0].name!r} and {other.name!r} belong to different backbones")
+    _require_same_prompting(experts)
     if is_lora(first):
         return
     if len(experts) > 1 and str(first.config.get("peft_type")) not in MEANING:
@@ -347,6 +362,27 @@ def require_compatible(experts: Sequence[Expert]) -> None:
                 "be in different orders, and an average of them may mean little",
                 stacklevel=3,
             )
+
+
+def prompting_of(experts: Sequence[Expert]) -> dict[str, Any]:
+    """How prompts are made, for ``training`` on the card of an expert made of others; empty where none of theirs says it."""
+    found = [e.card.training["prompting"] for e in experts if "prompting" in e.card.training]
+    return {"prompting": found[0]} if found else {}
+
+
+def _require_same_prompting(experts: Sequence[Expert]) -> None:
+    known = [e for e in experts if "prompting" in e.card.training]
+    for other in known[1:]:
+        mine, theirs = (e.card.training["prompting"] for e in (known[0], other))
+        if mine != theirs:
+            raise RefusedError(
+                f"experts {known[0].name!r} and {other.name!r} were trained on differently made prompts ({_settings(mine)}; "
+                f"{_settings(theirs)}), and a backbone makes them in one way only: leave one of the two out"
+            )
+
+
+def _settings(prompting: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in prompting.items())
 
 
 def _require_same_meaning(first: Expert, other: Expert) -> None:

@@ -21,8 +21,9 @@ from pituning.interpolation.build import (
     is_lora,
     lora_config,
     lora_factors,
+    on_cpu,
 )
-from pituning.interpolation.collapse import truncate
+from pituning.interpolation.collapse import require_finite, truncate
 from pituning.interpolation.mixture import LowRank, lora_tensors
 from pituning.problems import listed
 
@@ -55,6 +56,7 @@ def linear(
         RefusedError: if all coefficients are zero, φ_0 is needed and not known, or the method has no rank.
     """
     _require_rank(experts, rank)
+    experts = on_cpu(experts)
     used = [(e, c) for e, c in zip(experts, coefficients, strict=True) if c]
     if not used:
         raise RefusedError(f"all weights of {names(experts)} are zero, so nothing is left to merge")
@@ -92,6 +94,7 @@ def elementwise(
         RefusedError: as :func:`linear`.
     """
     _require_rank(experts, rank)
+    experts = on_cpu(experts)
     if is_lora(experts[0]):
         return _dense(experts, merged, rank)
     _require_parameter_space(experts)
@@ -156,6 +159,7 @@ def _stacked(used: Sequence[tuple[Expert, float]], rank: int | None) -> Built:
         biases = [c * f.bias.double() for f, c in held if f.bias is not None]
         errors[module] = 0.0
         if rank is not None:
+            require_finite({f"A of {module}": a, f"B of {module}": b}, f"the merge of {names(experts)}")
             a, b, errors[module] = truncate(a, b, rank)
         merged[module] = LowRank(a, b, 1.0, torch.stack(biases).sum(0) if biases else None)
     return _lora(experts, merged, errors)
@@ -170,7 +174,9 @@ def _dense(experts: Sequence[Expert], merged: Callable[[str, Tensor], Tensor], r
         zeros = torch.zeros(len(like.b), like.a.shape[1], dtype=torch.float64)
         changes = [zeros if f is None else f.scaling * (f.b.double() @ f.a.double()) for f in held]
         largest = sum(len(f.a) for f in held if f is not None) if rank is None else rank
-        a, b, errors[module] = _factored(merged(module, torch.stack(changes)), largest)
+        delta = merged(module, torch.stack(changes))
+        require_finite({f"ΔW of {module}": delta}, f"the merge of {names(experts)}")
+        a, b, errors[module] = _factored(delta, largest)
         bias = None
         if any(f is not None and f.bias is not None for f in held):
             shifts = [zeros[:, 0] if f is None or f.bias is None else f.scaling * f.bias.double() for f in held]
@@ -204,7 +210,7 @@ def _start(experts: Sequence[Expert], initial: Mapping[str, Tensor] | None) -> d
     """φ_0 in float64: the method's natural one, or the given one, proven to be that of every expert."""
     natural = has_natural_start(experts[0])
     start = common_start(experts, None) if natural else _given_start(experts, initial)
-    return {key: start[key].double() for key in experts[0].tensors}
+    return {key: start[key].double().to(experts[0].tensors[key].device) for key in experts[0].tensors}
 
 
 def _given_start(experts: Sequence[Expert], initial: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:

@@ -13,6 +13,7 @@ from pituning.errors import RefusedError
 from pituning.experts.expert import Expert, ExpertCard
 from pituning.interpolation.build import PREFIX, group_name, lora_config
 from pituning.interpolation.mixture import Mixture, ProductMixture, lora_tensors
+from pituning.problems import listed, tensor_problems
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def collapse(
     rank: int | None = None,
     max_error: float | None = None,
 ) -> Collapsed:
-    """Fold a mixture into one expert.
+    """Fold a mixture into one expert, whose tensors are on the CPU.
 
     Args:
         mixture: from :func:`pituning.interpolation.build_mixture`, trained or not.
@@ -41,9 +42,10 @@ def collapse(
         max_error: for LoRA, the smallest rank of each module whose relative Frobenius error is not larger than this.
 
     Raises:
-        RefusedError: if a rank or an error is asked for in a method that has none.
+        RefusedError: if a rank or an error is asked for in a method that has none, or a tensor of the result is not finite.
     """
-    tensors = {k: t.detach().clone() for k, t in mixture().items()}
+    tensors = {k: t.detach().to("cpu", copy=True) for k, t in mixture().items()}
+    require_finite(tensors, f"the fold into expert {card.name!r}")
     errors = dict.fromkeys(_modules(tensors), 0.0)
     settings = dict(config)
     if rank is not None or max_error is not None:
@@ -57,10 +59,24 @@ def collapse(
         for module, factor in mixture.factors().items():
             a, b, errors[module] = truncate(factor.a, factor.b, rank, max_error)
             small[module] = replace(factor, a=a, b=b)
-        tensors = lora_tensors(small)
+        tensors = {k: t.detach().to("cpu", copy=True) for k, t in lora_tensors(small).items()}
+        require_finite(tensors, f"the fold into expert {card.name!r}")
         settings = lora_config({name: len(f.a) for name, f in small.items()}, mixture.has_bias, config)
     size = sum(t.numel() for t in tensors.values())
     return Collapsed(Expert(tensors, settings, replace(card, parameters=size)), errors)
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise unless all values of a result are finite.
+
+    Raises:
+        RefusedError: names every tensor that is not.
+    """
+    if problems := tensor_problems({k: tuple(t.shape) for k, t in tensors.items()}, tensors):
+        raise RefusedError(
+            f"{what} has no finite result; look for weights too large for its precision, or for training that diverged:"
+            f"{listed(problems)}"
+        )
 
 
 def truncate(

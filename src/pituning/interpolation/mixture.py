@@ -135,9 +135,7 @@ class ParameterMixture(Mixture):
         self._shapes = {name: tensor.shape for name, tensor in experts[0].items()}
         self.single = self._runs_alone()
         as_it_is = self.single and train in _FROZEN
-        stacked = [
-            torch.stack(_one_dtype([_flatten(e, names) for e in experts], as_it_is)) for names in self._members
-        ]
+        stacked = [torch.stack(_one_dtype([_flatten(e, names) for e in experts], as_it_is)) for names in self._members]
         for index, names in enumerate(self._members):
             origin = None if base is None else _flatten(base, names).to(stacked[index])
             self.register_buffer(f"base_{index}", origin, persistent=False)

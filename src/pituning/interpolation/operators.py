@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pituning.errors import RefusedError, unknown_name
 from pituning.experts.expert import Expert, ExpertCard, initial_of, tensor_hash
-from pituning.interpolation.build import is_lora, require_compatible
+from pituning.interpolation.build import is_lora, on_cpu, prompting_of, require_compatible
 from pituning.interpolation.changes import (
     Built,
     common_dtype,
@@ -31,6 +31,7 @@ from pituning.interpolation.changes import (
     names,
     parameter_space,
 )
+from pituning.interpolation.collapse import require_finite
 from pituning.interpolation.mixture import LowRank
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def merge(experts: Sequence[Expert], operator: str, **settings: Any) -> Merged:
 
     Raises:
         UnknownNameError: if there is no such operator, or it has no such setting.
-        RefusedError: if a setting is missing, or what is asked for has no exact meaning; the message names the experts.
+        RefusedError: if a setting is missing, what is asked for has no exact meaning, or the result is not finite; the
+            message names the experts.
         ExpertError: if an expert's tensors are incomplete or not finite.
     """
     if operator not in OPERATORS:
@@ -310,8 +312,8 @@ def fisher_merge(
         epsilon: ε > 0, relative.
 
     Raises:
-        RefusedError: if an embedding is missing, was made elsewhere, or lacks a tensor; for LoRA experts that do not share
-            their start, shapes and scalings.
+        RefusedError: if an embedding is missing, was made elsewhere, lacks a tensor, or is not finite; for LoRA experts that
+            do not share their start, shapes and scalings.
 
     Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832.
     """
@@ -322,9 +324,10 @@ def fisher_merge(
     if is_lora(experts[0]):
         _require_same_factors(experts)
     fishers = [_fisher(expert, embeddings) for expert in experts]
+    experts = on_cpu(experts)  # where embeddings are
     dtype, tensors = common_dtype(experts), {}
     for key in experts[0].tensors:
-        information = torch.stack([f[key].double() for f in fishers])
+        information = torch.stack([f[key].double().cpu() for f in fishers])
         floor = epsilon * float(information.mean()) or 1.0
         precision = _column(shares, information) * (information + floor)
         values = torch.stack([e.tensors[key].double() for e in experts])
@@ -453,6 +456,11 @@ def _fisher(expert: Expert, embeddings: Mapping[str, TaskEmbedding]) -> Mapping[
             raise RefusedError(
                 f"the task embedding of expert {expert.name!r} does not fit: {key} {list(tensor.shape)}, found {found}"
             )
+        if not torch.isfinite(embedding.fisher[key]).all():
+            raise RefusedError(
+                f"the task embedding of expert {expert.name!r} is not finite in tensor {key} {list(tensor.shape)}: embed the "
+                "task anew, --reference own --refresh"
+            )
     return embedding.fisher
 
 
@@ -483,7 +491,9 @@ def _merged(
     experts: Sequence[Expert], weights: Sequence[float], built: Built, operator: str, settings: Mapping[str, Any]
 ) -> Merged:
     first = next((e.card for e in experts if e.card.fingerprint), experts[0].card)
+    require_finite(built.tensors, f"{operator} of {names(experts)}")
     model = {k: v for e in experts for k, v in e.card.training.items() if k in ("family", "architecture")}
+    model |= prompting_of(experts)
     start = _common([e.card.init_hash for e in experts], "")
     card = ExpertCard(
         name=operator,

@@ -21,7 +21,7 @@ from pituning.experts.health import broken, without_effect
 from pituning.experts.pool import ExpertPool
 from pituning.interpolation.build import is_lora, lora_factors, without_product_form
 from pituning.interpolation.operators import repeat_merge
-from pituning.methods.attach import attached
+from pituning.methods.attach import attached, restore_copied, strip
 from pituning.problems import listed, tensor_problems
 
 TOLERANCE = 1e-5
@@ -88,7 +88,10 @@ def _in_peft(expert: Expert, folder: Path, backbone: Backbone) -> Check:
         return Check(name, False, str(error))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = PeftModel.from_pretrained(backbone.model, folder, autocast_adapter_dtype=False)
+        try:
+            loaded = _loaded(backbone, folder)
+        except Exception as error:  # whatever PEFT's loader raises: it does not read this folder
+            return Check(name, False, f"PEFT cannot load {folder} onto {backbone.name}: {error}")
         try:
             found = {
                 k: t.detach().cpu() for k, t in get_peft_model_state_dict(loaded, save_embedding_layers=False).items()
@@ -97,6 +100,7 @@ def _in_peft(expert: Expert, folder: Path, backbone: Backbone) -> Check:
             with torch.no_grad():
                 losses = backbone.loss(batch)
         finally:
+            restore_copied(backbone)
             loaded.unload()
             backbone.model.requires_grad_(False).eval()
     if problems := _differences(expert.tensors, found):
@@ -104,6 +108,15 @@ def _in_peft(expert: Expert, folder: Path, backbone: Backbone) -> Check:
     if not torch.equal(losses, expected):
         return Check(name, False, f"the losses of the probes are {losses.tolist()}, expected {expected.tolist()}")
     return Check(name, True, f"{len(found)} keys and values equal, losses of {len(PROBES)} probes equal")
+
+
+def _loaded(backbone: Backbone, folder: Path) -> PeftModel:
+    """The folder as PEFT loads it; where it cannot, the bare backbone is back."""
+    try:
+        return PeftModel.from_pretrained(backbone.model, folder, autocast_adapter_dtype=False)
+    except BaseException:
+        strip(backbone)
+        raise
 
 
 def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

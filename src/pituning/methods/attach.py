@@ -78,7 +78,7 @@ def attached(
         try:
             peft_model = get_peft_model(backbone.model, config, autocast_adapter_dtype=False)
         except (ValueError, TypeError, NotImplementedError) as error:
-            _strip(backbone)
+            strip(backbone)
             raise ExpertError(
                 f"method {method_type(config)} cannot be put on backbone {backbone.name!r}: {error}"
             ) from error
@@ -101,7 +101,7 @@ def attached(
         with backbone.occupied_by(peft_model):
             yield Attached(backbone, peft_model, parameters, live_names)
     finally:
-        _restore_copied(backbone)
+        restore_copied(backbone)
         peft_model.unload()
         backbone.model.requires_grad_(False).eval()
 
@@ -113,6 +113,11 @@ def _require_layers(config: PeftConfig, backbone: Backbone) -> None:
         reason = "it lives in PEFT's own forward pass and puts no layer into the model; use prompt or prefix"
     if getattr(config, "trainable_token_indices", None):
         reason = "trainable_token_indices trains rows of the embeddings, which are shared with other modules"
+    if getattr(config, "alora_invocation_tokens", None):
+        reason = (
+            "alora_invocation_tokens (aLoRA) takes effect only behind these tokens, whose places PEFT's own forward pass "
+            "finds; without that, as here, the expert changes nothing; train it as plain lora"
+        )
     if reason:
         raise ExpertError(f"method {kind} cannot be put on backbone {backbone.name!r}: {reason}")
 
@@ -144,16 +149,16 @@ def _require_saved(config: PeftConfig, parameters: Mapping[str, nn.Parameter], s
         )
 
 
-def _restore_copied(backbone: Backbone) -> None:
+def restore_copied(backbone: Backbone) -> None:
     """Put the modules of ``modules_to_save`` back: PEFT's unloading leaves their trained copies in the model."""
     for name, module in list(backbone.model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             backbone.model.set_submodule(name, module.original_module)
 
 
-def _strip(backbone: Backbone) -> None:
-    """Take out what a failed injection has left: PEFT replaces one module after the other and raises in between."""
-    _restore_copied(backbone)
+def strip(backbone: Backbone) -> None:
+    """Take out what a failed injection or loading has left: PEFT replaces one module after the other and raises in between."""
+    restore_copied(backbone)
     for name, module in list(backbone.model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             backbone.model.set_submodule(name, module.get_base_layer())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,12 @@ from pituning.errors import unknown_name
 from pituning.metrics import boxes, captions, classification, scenes, summaries, text, vqa
 
 Answers = Literal["choice", "box", "text", "references", "soft"]
+FITTING: Mapping[Answers, tuple[Answers, ...]] = {
+    "choice": ("choice", "soft"),
+    "text": ("text", "references", "soft"),
+    "box": ("box",),
+}
+"""Which metrics compare the answers that a task gives."""
 
 
 @dataclass(frozen=True)

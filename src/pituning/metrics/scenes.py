@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
+from pituning.errors import DataError
+
 
 def objects_named(references: Sequence[Sequence[str]], found: Sequence[str]) -> float:
     """Share of the things in the first reference that a caption names, in whatever number; the mean over the captions.
 
     Things are what "and" separates, without their article or number: "two cherries and a dog" names cherry and dog.
+
+    Raises:
+        DataError: if a first reference names nothing; it is in the message.
 
     >>> objects_named([["two cherries and a dog"]], ["a dog and a cherry and a cat"])
     1.0
@@ -17,6 +22,11 @@ def objects_named(references: Sequence[Sequence[str]], found: Sequence[str]) -> 
     shares = []
     for (first, *_), text in zip(references, found, strict=True):
         wanted = names_in(first)
+        if not wanted:
+            raise DataError(
+                f"metric 'objects-named': the reference {first!r} names nothing; it expects things with an article or a "
+                "number, such as 'two cherries and a dog'. Take another metric for other captions"
+            )
         shares.append(len(wanted & names_in(text)) / len(wanted))
     return sum(shares) / len(shares)
 

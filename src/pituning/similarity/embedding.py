@@ -20,7 +20,7 @@ from pituning.backbones.base import Backbone
 from pituning.errors import DataError, ExpertError
 from pituning.experts.expert import Expert, tensor_hash
 from pituning.experts.pool import ExpertPool
-from pituning.interpolation.build import build_mixture
+from pituning.interpolation.build import build_mixture, prompting_of
 from pituning.interpolation.collapse import collapse
 from pituning.similarity.compact import Anchor, Compact, compact_fisher
 from pituning.similarity.settling import PARTIAL_FILE, Ranking, settled_fisher
@@ -41,7 +41,7 @@ class TaskEmbedding:
         labels: label source, ``"true"`` or ``"model"``.
         reference: reference point: ``"own"`` (the task's own expert, the paper) or ``"shared"`` (one expert for all).
         reference_hash: hash of the reference point's tensors; shared embeddings compare only if it is equal.
-        mean_loss: −log p(target) at the reference point, in nats per example.
+        mean_loss: −log p(target) at the reference point, in nats per example; NaN where an example has no target.
         split_half: cosine between the estimates from either half of the examples, averaged over tensors.
         settled: whether the ranking that it is for had come to rest before the examples ran out; None where there was none.
     """
@@ -61,8 +61,13 @@ class TaskEmbedding:
         return compact_fisher(self.fisher, anchor)
 
     def save(self, folder: Path) -> Path:
-        """Write into an expert's folder."""
+        """Write into an expert's folder.
+
+        Raises:
+            ExpertError: if a tensor is not finite.
+        """
         path = folder / _file_name(self.reference)
+        _require_finite(self.fisher, f"the task embedding of {self.task!r}")
         record = {k: v for k, v in asdict(self).items() if k != "fisher"}
         temporary = path.with_suffix(".partial")
         tensors = {k: t.float().contiguous() for k, t in self.fisher.items()}
@@ -75,7 +80,7 @@ class TaskEmbedding:
         """Read an embedding from an expert's folder.
 
         Raises:
-            ExpertError: if it is missing or broken.
+            ExpertError: if it is missing or broken, or a tensor is not finite.
         """
         path = folder / _file_name(reference)
         if not path.is_file():
@@ -84,10 +89,12 @@ class TaskEmbedding:
             with safetensors.safe_open(path, "pt") as file:
                 record = json.loads((file.metadata() or {})["pituning"])
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ExpertError(f"{path} cannot be read ({error})") from error
-        known = {f.name for f in fields(cls)}
-        return cls(fisher=tensors, **{k: v for k, v in record.items() if k in known})
+            known = {f.name for f in fields(cls)}
+            embedding = cls(fisher=tensors, **{k: v for k, v in record.items() if k in known})
+        except (safetensors.SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ExpertError(f"{path} cannot be read ({error}); embed the expert again") from error
+        _require_finite(tensors, str(path))
+        return embedding
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,8 @@ def embed_task(
         folder: where unfinished sums are kept, so that a run that is begun again goes on.
 
     Raises:
-        DataError, RefusedError, ExpertError: as :func:`pituning.similarity.fisher.fisher_diagonal`.
+        DataError, RefusedError, ExpertError: as :func:`pituning.similarity.fisher.fisher_diagonal`; ExpertError also if the
+            Fisher of a tensor is not finite.
     """
     examples = task.split("train", max_examples)
     if ranking is not None:  # prefixes are used, and a file may be sorted
@@ -170,8 +178,10 @@ def embed_task(
     with torch.autocast(backbone.device.type, enabled=False):  # a Fisher in mixed precision would not be exact
         found = settled_fisher(backbone, expert, examples, ranking, labels=labels, most=max_examples, folder=folder)
     estimate = found.estimate
+    fisher = {k: f.float().cpu() for k, f in estimate.mean().items()}
+    _require_finite(fisher, f"the Fisher information of expert {expert.name!r} on task {task.name!r}")
     return TaskEmbedding(
-        fisher={k: f.float().cpu() for k, f in estimate.mean().items()},
+        fisher=fisher,
         task=task.name,
         samples=estimate.samples,
         labels=labels,
@@ -200,8 +210,12 @@ def shared_reference(pool: ExpertPool, method: str) -> Expert:
     mixture, config = build_mixture(experts, train="none", granularity="model")
     card = experts[0].card
     model = {k: v for e in experts for k, v in e.card.training.items() if k in ("family", "architecture")}
+    model |= prompting_of(experts)
+    starts, licences = ({getattr(e.card, name) for e in experts} for name in ("init_hash", "licence"))
+    kept = len(starts) == 1 and config == experts[0].config  # LoRA's factors are stacked, in coordinates of their own
     mean = collapse(mixture, config, card).expert.with_card(
         name=f"mean of {len(experts)} experts", task="", metrics={}, training=model, choices=(), shots=None,
+        init_hash=card.init_hash if kept else "", licence=card.licence if len(licences) == 1 else "",
         lineage=tuple({"name": e.name, "weight": 1 / len(experts)} for e in experts),
     )  # fmt: skip
     mean.save(folder)
@@ -241,6 +255,15 @@ def pool_embedding(
     embedding.save(folder)
     (unfinished / PARTIAL_FILE).unlink(missing_ok=True)
     return embedding
+
+
+def _require_finite(fisher: Mapping[str, Tensor], what: str) -> None:
+    for key, tensor in fisher.items():
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise ExpertError(
+                f"{what} is not finite in tensor {key} {list(tensor.shape)}: {bad} values are NaN or infinite; check the "
+                "expert, and embed it again"
+            )
 
 
 def _file_name(reference: str) -> str:

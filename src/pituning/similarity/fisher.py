@@ -11,6 +11,7 @@ Source: Achille et al., "Task2Vec", ICCV 2019; Wu et al., "π-Tuning", ICML 2023
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,7 +37,7 @@ class FisherEstimate:
     Attributes:
         even, odd: Σ_n E_y[g²] per tensor over every other example; their agreement says how settled the estimate is.
         samples: number of examples in both.
-        loss: Σ_n −log p(target | x_n).
+        loss: Σ_n −log p(target | x_n); NaN where one of closed choices has no target.
     """
 
     even: Mapping[str, Tensor]
@@ -49,10 +50,10 @@ class FisherEstimate:
         return {k: (self.even[k] + self.odd[k]) / self.samples for k in self.even}
 
     def __add__(self, other: FisherEstimate) -> FisherEstimate:
-        """The estimate over the examples of both."""
+        """The estimate over the examples of both, where the first one's sums are."""
         return FisherEstimate(
-            {k: t + other.even[k] for k, t in self.even.items()},
-            {k: t + other.odd[k] for k, t in self.odd.items()},
+            {k: t + other.even[k].to(t.device) for k, t in self.even.items()},
+            {k: t + other.odd[k].to(t.device) for k, t in self.odd.items()},
             self.samples + other.samples,
             self.loss + other.loss,
         )
@@ -160,6 +161,8 @@ def _backward(backbone: Backbone, examples: Sequence[Example], labels: str, squa
         squares.begin(log_p[:, index].detach().exp())
         torch.autograd.backward(log_p[:, index].sum(), retain_graph=index + 1 < len(choices))
         squares.close()
+    if not all(e.target for e in examples):
+        return math.nan
     truth = torch.tensor([e.label for e in examples], device=log_p.device)
     return float(-log_p.detach().double().gather(1, truth[:, None]).sum())
 

@@ -209,10 +209,7 @@ def _embedding(pool: ExpertPool, name: str, reference: str, left_out: dict[str, 
     except ExpertError as error:
         left_out[name] = f"{error}: `pituning embed {name} --reference {reference} --pool {pool.folder}` makes one"
         return None
-    bad = [key for key, f in embedding.fisher.items() if not torch.isfinite(f).all()]
-    if bad:
-        left_out[name] = f"its task embedding is not finite in tensor {bad[0]}"
-    return None if bad else embedding
+    return embedding
 
 
 def _require_two(pool: ExpertPool, found: Mapping[str, object], left_out: Mapping[str, str]) -> None:

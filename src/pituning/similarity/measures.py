@@ -91,11 +91,19 @@ class Measure:
 
         Raises:
             PituningError: if what it needs is missing.
+            ExpertError: if a similarity is not a finite number: it would stand anywhere in an order, and move others.
         """
         needs_own = "own" in self.needs or ("embeddings" in self.needs and comparison.reference == "own")
         if needs_own and comparison.own is None:
             raise PituningError(f"similarity {self.name!r} needs the target's own expert: train one and pass own=…")
-        return self.similarities(comparison)
+        values = self.similarities(comparison)
+        found = zip(comparison.candidates, values, strict=True)
+        if wrong := [f"{e.name!r} ({v:+})" for e, v in found if not math.isfinite(v)]:
+            raise ExpertError(
+                f"similarity {self.name!r} to task {comparison.task.name!r} is not a finite number for {', '.join(wrong)}: "
+                "leave these experts out, or use another similarity"
+            )
+        return values
 
 
 def fisher_similarity(target: TaskEmbedding, candidate: TaskEmbedding, kind: str = "fisher") -> float:
@@ -108,7 +116,7 @@ def fisher_similarity(target: TaskEmbedding, candidate: TaskEmbedding, kind: str
     Source: π-Tuning eq. 3 and its similarity notebook; Task2Vec's normalised cosine.
 
     Raises:
-        ExpertError: if the embeddings are of different tensors or reference points.
+        ExpertError: if the embeddings are of different tensors or reference points, or the cosine of a tensor is not finite.
     """
     if kind not in FISHER_KINDS:
         raise RefusedError(f"kind must be one of {', '.join(FISHER_KINDS)}, not {kind!r}")
@@ -123,6 +131,11 @@ def fisher_similarity(target: TaskEmbedding, candidate: TaskEmbedding, kind: str
             epsilon = 1e-6 if kind == "fisher-paper" else 1e-6 * float((a + b).mean())
             a, b = a / (a + b + epsilon), b / (a + b + epsilon)
         values.append(F.cosine_similarity(a, b, dim=0, eps=0.0))
+        if not values[-1].isfinite():
+            raise ExpertError(
+                f"embeddings of {target.task!r} and {candidate.task!r} have no finite cosine in tensor {key} "
+                f"{list(left.shape)}: embed the experts again"
+            )
     return float(torch.stack(values).mean()) if values else 0.0
 
 
@@ -189,10 +202,17 @@ def score_similarity(backbone: Backbone, expert: Expert, task: Task, kind: str =
 
     ``score``: as it is; ``calibrated-score``: after a temperature and one bias per answer
     (:func:`pituning.training.evaluation.bias_calibrated_losses`).
+
+    Raises:
+        PituningError: if the scores of an example are NaN or infinite.
     """
+    return _scored(backbone, expert, task, kind, finite=True)
+
+
+def _scored(backbone: Backbone, expert: Expert, task: Task, kind: str, *, finite: bool) -> float:
     examples = task.split("train")
     with attached(backbone, expert.config, expert.tensors):
-        return -SCORES[kind](log_probabilities(backbone, examples), examples)
+        return -SCORES[kind](log_probabilities(backbone, examples, finite=finite), examples)
 
 
 def tuned_score_similarity(backbone: Backbone, expert: Expert, task: Task, search: Search = TUNED) -> float:
@@ -243,9 +263,16 @@ def average_ranks(values: Sequence[Sequence[float]]) -> list[float]:
 
     A tie counts half. 1 is the best candidate of every kind, 0 the worst of every kind.
 
+    Raises:
+        PituningError: for a NaN, which has no rank.
+
     >>> average_ranks([[0.3, 0.1, 0.2], [-5.0, -7.0, -9.0]])
     [1.0, 0.25, 0.25]
     """
+    if wrong := [place for row in values for place, value in enumerate(row) if math.isnan(value)]:
+        raise PituningError(
+            f"the similarity of candidate {wrong[0]} is NaN, so it has no rank: leave the candidate out"
+        )
     beaten = sum(rankdata(row) - 1 for row in values) / len(values)
     return [float(b) / (len(beaten) - 1) if len(beaten) > 1 else 1.0 for b in beaten]
 
@@ -255,9 +282,11 @@ def delta_inner(left: LowRank, right: LowRank) -> float:
 
     Where both modules have a LoRA bias, the inner product of the scaled biases is added.
     """
-    product = float(((left.b.double().T @ right.b.double()) * (left.a.double() @ right.a.double().T)).sum())
+    place = left.a.device  # one may come from a pool, the other from training
+    b, a = right.b.double().to(place), right.a.double().to(place)
+    product = float(((left.b.double().T @ b) * (left.a.double() @ a.T)).sum())
     if left.bias is not None and right.bias is not None:
-        product += float(left.bias.double() @ right.bias.double())
+        product += float(left.bias.double() @ right.bias.double().to(place))
     return product * left.scaling * right.scaling
 
 
@@ -318,7 +347,8 @@ def _fisher(kind: str, comparison: Comparison) -> list[float]:
         ]
 
     def nearest(fisher: Mapping[str, Tensor]) -> list[str]:
-        found = TaskEmbedding(fisher, c.task.name, 0, "true", c.reference, tensor_hash(at.tensors), 0.0, 0.0)
+        sums = {k: f.cpu() for k, f in fisher.items()}  # where the candidates' embeddings are
+        found = TaskEmbedding(sums, c.task.name, 0, "true", c.reference, tensor_hash(at.tensors), 0.0, 0.0)
         values = similarities(found)
         return [c.candidates[i].name for i in sorted(range(len(values)), key=lambda i: -values[i])[:SETTLED_TOP]]
 
@@ -336,7 +366,8 @@ def _weights(comparison: Comparison) -> list[float]:
 
 
 def _score(kind: str, comparison: Comparison) -> list[float]:
-    return [score_similarity(comparison.backbone, e, comparison.task, kind) for e in comparison.candidates]
+    c = comparison  # an expert whose scores are no numbers is named with the others
+    return [_scored(c.backbone, e, c.task, kind, finite=False) for e in c.candidates]
 
 
 def _tuned_score(comparison: Comparison) -> list[float]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pituning.backbones.base import Backbone
 from pituning.data.overlap import Overlap, find_overlaps
-from pituning.errors import PituningError, unknown_name
-from pituning.experts.expert import Expert
+from pituning.errors import ExpertError, PituningError, unknown_name
+from pituning.experts.expert import Expert, ExpertCard, read_card
 from pituning.experts.pool import ExpertPool
 from pituning.interpolation.build import is_lora
 from pituning.similarity.embedding import REFERENCES
@@ -79,13 +79,16 @@ def rank_experts(
             ``fisher-cosine``, ``fisher-paper`` (Fisher task embeddings), ``weights`` (data-free) or ``average`` (of the ranks
             by the kinds in ``average_of``).
         reference: for the Fisher kinds, where the tasks are embedded: all at one ``shared`` expert, or each at its
-            ``own`` (the paper).
+            ``own`` (the paper). The shared one is the mean of all of the pool's experts of the method, the target's own and
+            the excluded ones among them: the place of comparison has seen their examples, though they are no candidates.
         data: folder with the data of the pool's tasks, for embeddings that are not stored yet.
-        exclude: names of experts to leave out; experts of the target task itself are always left out.
+        exclude: names of experts to leave out. Experts of the target task itself, ``own``, and whatever was blended from
+            one of these, directly or by way of other blends in the pool, are always left out.
 
     Raises:
         UnknownNameError: for another kind.
         PituningError: if the kind needs an own expert and there is none, or the pool is empty.
+        ExpertError: if a similarity is not a finite number.
         BackboneMismatchError: if an expert belongs to another backbone.
         RefusedError: for ``weights`` and ``gradient``, if an expert did not start where the others did.
     """
@@ -95,10 +98,8 @@ def rank_experts(
         raise unknown_name("reference point", reference, REFERENCES)
     method = own.card.method if own is not None else None
     experts = pool.load_all(backbone, exclude)
-    # a blend of an expert of the target task has seen the target's examples, too
-    seen = {e.name for e in experts if e.card.task == task.name}
-    experts = [e for e in experts if e.name not in seen and not seen & {p["name"] for p in e.card.lineage}]
-    experts = [e for e in experts if method is None or e.card.method == method]
+    seen = _seen([*(e.card for e in experts), *_readable_cards(pool, exclude)], task.name, own)
+    experts = [e for e in experts if e.name not in seen and (method is None or e.card.method == method)]
     if not experts:
         raise PituningError(
             f"pool {pool.folder} holds no expert for another task that could be ranked for {task.name!r}"
@@ -110,6 +111,26 @@ def rank_experts(
     if kind == "average":
         label = f"average of {', '.join(dict.fromkeys(average_of))}"
     return Ranking(task.name, label, tuple(experts[i] for i in order), tuple(values[i] for i in order))
+
+
+def _seen(cards: Sequence[ExpertCard], task: str, own: Expert | None) -> set[str]:
+    """Names of the experts that have seen the task's examples: its own ones, and every blend of one that has."""
+    seen = {card.name for card in cards if card.task == task} | ({own.name} if own is not None else set())
+    while more := {c.name for c in cards if c.name not in seen and seen & {str(p["name"]) for p in c.lineage}}:
+        seen |= more
+    return seen
+
+
+def _readable_cards(pool: ExpertPool, names: Sequence[str]) -> list[ExpertCard]:
+    """The cards of the pool's experts of these names; a broken one may be left out by its name, and so has none."""
+    cards = []
+    for name in pool.names():
+        if name in names:
+            try:
+                cards.append(read_card(pool.folder / name))
+            except ExpertError:
+                continue
+    return cards
 
 
 def audit_pool(pool: ExpertPool, task: Task, data: str | Path | None = None) -> dict[str, list[Overlap] | str]:

@@ -29,8 +29,11 @@ from pituning.training.starts import score_weights
 from pituning.training.train_expert import fold_experts
 
 WAYS = ("top-k", "threshold", "greedy", "diverse", "auto")
+COMPARING = ("greedy", "auto")
+"""The ways that compare soups on the target's examples, and so cannot go without these."""
 SOUPS = ("uniform", "score")
 CANDIDATES = 10
+DIVERSITY = 0.5
 
 Rule = Callable[[Sequence[int]], tuple[int, ...]]
 """From the positions of the examples that it may look at to the positions of the experts that it chooses."""
@@ -93,9 +96,9 @@ def select(
     *,
     k: int | None = None,
     threshold: float | None = None,
-    diversity: float = 0.5,
-    soup: str = "uniform",
-    candidates: int = CANDIDATES,
+    diversity: float | None = None,
+    soup: str | None = None,
+    candidates: int | None = None,
     backbone: Backbone | None = None,
     task: Task | None = None,
     own: Expert | None = None,
@@ -113,18 +116,22 @@ def select(
             shots most, until none does); ``diverse`` (maximal marginal relevance: each next expert has the largest
             (1 − d)·similarity − d·cosine between what it and the nearest of the chosen ones change); ``auto`` (so many of the
             highest ranked as give the soup of the lowest log-loss).
-        k: how many, by default as :meth:`Ranking.top`; for ``greedy`` and ``auto`` the most, by default all candidates.
-        diversity: d of ``diverse``, 0 (as ``top-k``) to 1; similarities are scaled to 0…1 first.
-        soup: weights of the soups: ``uniform``, or ``score`` (from each expert's log-loss on the examples looked at).
-        candidates: ``greedy`` and ``auto`` consider so many of the highest ranked. n of them cost ``auto`` at most n soups in
-            each of the folds and once more, ``greedy`` n(n + 1)/2; a soup is a forward pass over the shots. Uniform soups of
-            the same experts are run once.
+        k: how many, by default as :meth:`Ranking.top`; for ``greedy`` and ``auto`` the most, by default all candidates. Not for
+            ``threshold``.
+        threshold: of ``threshold`` alone.
+        diversity: d of ``diverse`` alone, 0 (as ``top-k``) to 1, by default 0.5; similarities are scaled to 0…1 first.
+        soup: weights of the soups of ``greedy``, ``auto`` and every choice that is checked: ``uniform``, the default, or
+            ``score`` (from each expert's log-loss on the examples looked at).
+        candidates: ``greedy`` and ``auto`` alone consider so many of the highest ranked, by default ten. n of them cost
+            ``auto`` at most n soups in each of the folds and once more, ``greedy`` n(n + 1)/2; a soup is a forward pass over
+            the shots. Uniform soups of the same experts are run once.
         own: the target's own expert from :func:`pituning.train_expert`; it is retrained without each fold.
         search: folds.
 
     Raises:
         UnknownNameError: for another way or soup.
-        PituningError: for arguments that are missing or out of range.
+        PituningError: for arguments that are missing, out of range or without effect; for similarities that are not finite;
+            if neither the bare backbone nor the own expert has a finite log-loss to beat.
         RefusedError: if the experts have no exact mean.
         DataError: if there are fewer shots than folds.
 
@@ -133,23 +140,27 @@ def select(
     """
     if how not in WAYS:
         raise unknown_name("selection", how, WAYS)
-    _require_sensible(how, k, threshold, diversity, soup, candidates)
+    checked = backbone is not None and task is not None
+    _require_sensible(how, k, threshold, diversity, soup, candidates, checked)
+    _require_finite(ranking)
     shots = None
     if backbone is not None and task is not None:
-        shots = _Shots(backbone, task, ranking, soup, search or Search())
-    elif how in ("greedy", "auto"):
+        shots = _Shots(backbone, task, ranking, soup or SOUPS[0], search or Search())
+    elif how in COMPARING:
         raise PituningError(f"selection {how!r} compares soups on the target's examples: pass backbone=… and task=…")
-    most = min(len(ranking.experts), candidates, k or candidates)
+    considered = CANDIDATES if candidates is None else candidates
+    most = min(len(ranking.experts), considered, k or considered)
     between = _redundancy(ranking.experts, backbone) if how == "diverse" else None
 
     def rule(rows: Sequence[int]) -> tuple[int, ...]:
         if shots is not None and how == "greedy":
-            return shots.greedy(candidates, most, rows)
+            return shots.greedy(considered, most, rows)
         if shots is not None and how == "auto":
             return shots.auto(most, rows)
         similarities = ranking.similarities if shots is None else shots.similarities(rows)
         if between is not None:
-            return _diverse(similarities, between, k or default_k(ranking.experts), diversity)
+            d = DIVERSITY if diversity is None else diversity
+            return _diverse(similarities, between, k or default_k(ranking.experts), d)
         if threshold is not None:
             return tuple(i for i in _falling(similarities) if similarities[i] >= threshold)
         return _falling(similarities)[: k or default_k(ranking.experts)]
@@ -182,10 +193,18 @@ class _Shots:
 
     def loss(self, members: Sequence[int], rows: Sequence[int]) -> float:
         """Calibrated log-loss of a soup on the rows that its weights come from."""
-        found = float(calibrated_losses(self.log_p(members, rows)[list(rows)], [self.examples[r] for r in rows]).mean())
+        found = self._loss(members, rows)
         if len(rows) == len(self.examples):
             self.compared[tuple(members)] = found
         return found
+
+    def is_finite(self, members: Sequence[int]) -> bool:
+        """Whether a soup has a log-loss on all shots that is a finite number."""
+        return math.isfinite(self._loss(members, range(len(self.examples))))
+
+    def _loss(self, members: Sequence[int], rows: Sequence[int]) -> float:
+        log_p = self.log_p(members, rows)[list(rows)]
+        return float(calibrated_losses(log_p, [self.examples[r] for r in rows]).mean())
 
     def similarities(self, rows: Sequence[int]) -> Sequence[float]:
         """The ranking's similarities, as far as they may be known from these rows."""
@@ -201,16 +220,16 @@ class _Shots:
     def auto(self, most: int, rows: Sequence[int]) -> tuple[int, ...]:
         """So many of the highest ranked as give the best soup."""
         order = _falling(self.similarities(rows))
-        return min((order[: n + 1] for n in range(most)), key=lambda members: self.loss(members, rows))
+        return min((order[: n + 1] for n in range(most)), key=lambda members: _or_infinite(self.loss(members, rows)))
 
     def greedy(self, candidates: int, most: int, rows: Sequence[int]) -> tuple[int, ...]:
         """The best single expert, then whichever lowers the loss of the soup most, until none does."""
         left, best = list(_falling(self.similarities(rows))[:candidates]), math.inf
         chosen: tuple[int, ...] = ()
         while left and len(chosen) < most:
-            losses = {i: self.loss((*chosen, i), rows) for i in left}
+            losses = {i: _or_infinite(self.loss((*chosen, i), rows)) for i in left}
             added = min(losses, key=lambda i: losses[i])
-            if losses[added] >= best:
+            if chosen and losses[added] >= best:
                 break
             chosen, best = (*chosen, added), losses[added]
             left.remove(added)
@@ -235,41 +254,58 @@ class _Shots:
         if self.soup == "uniform" or len(members) < 2:
             return [1 / len(members) for _ in members]
         examples = [self.examples[row] for row in rows]
-        losses = [bias_calibrated_loss(self.log_p([i], rows)[list(rows)], examples) for i in members]
+        losses = [_or_infinite(bias_calibrated_loss(self.log_p([i], rows)[list(rows)], examples)) for i in members]
+        if all(map(math.isinf, losses)):
+            return [1 / len(members) for _ in members]
         return score_weights(losses, len(rows))
 
     def _run(self, experts: Sequence[Expert], weights: Sequence[float]) -> Tensor:
         if not experts:
-            return log_probabilities(self.backbone, self.examples)
+            return log_probabilities(self.backbone, self.examples, finite=False)
         mixture, config = build_mixture(experts, list(weights), train="none", granularity="model")
         with running(self.backbone, mixture, config) as model:
-            return log_probabilities(self.backbone, self.examples, model)
+            return log_probabilities(self.backbone, self.examples, model, finite=False)
 
 
 def _checked(ranking: Ranking, how: str, rule: Rule, shots: _Shots, own: Expert | None) -> Selection:
     """The rule's choice, or else the nearest expert alone, if it beats what needs no expert of another task."""
     rows = range(len(shots.examples))
-    if not rule(rows):
+    if not (picked := rule(rows)):
         return _unchecked(ranking, how, ())
     rules: dict[str, Rule] = {f"soup by {how}": rule, "nearest expert alone": shots.nearest}
+    members = dict(zip(rules, (picked, shots.nearest(rows)), strict=True))
     helpers = [shots.arm(name, r) for name, r in rules.items()]
     rivals = [shots.arm("bare backbone", _always(()))] + ([shots.own_arm(own)] if own is not None else [])
-    rival = min(rivals, key=lambda arm: arm.loss)
-    better = [arm for arm in helpers if not within_standard_errors(rival.losses, arm.losses)]
-    best = better[0] if better else min(helpers, key=lambda arm: arm.loss)
-    gain = rival.losses - best.losses
-    reason = (
-        f"{best.name} has a cross-fitted log-loss of {best.loss:.4f} and {rival.name} of {rival.loss:.4f}: "
-        f"a gain of {float(gain.mean()):+.4f} nats, with a standard error of {float(gain.std()) / math.sqrt(len(gain)):.4f}"
-    )
-    chosen = rules[best.name](rows)
-    shots.loss(chosen, rows)
+    known = [arm for arm in rivals if math.isfinite(arm.loss)]
+    if not known:
+        raise PituningError(
+            f"the log-loss of {' and of '.join(arm.name for arm in rivals)} on the examples of task {ranking.target!r} is not "
+            "a finite number, so there is nothing that an expert could beat: load the backbone in float32"
+        )
+    rival = min(known, key=lambda arm: arm.loss)
+    # an arm whose loss is not a number would be within no error of anything
+    sound = [arm for arm in helpers if math.isfinite(arm.loss) and shots.is_finite(members[arm.name])]
+    better = [arm for arm in sound if not within_standard_errors(rival.losses, arm.losses)]
+    if sound:
+        best = better[0] if better else min(sound, key=lambda arm: arm.loss)
+        gain = rival.losses - best.losses
+        reason = (
+            f"{best.name} has a cross-fitted log-loss of {best.loss:.4f} and {rival.name} of {rival.loss:.4f}: "
+            f"a gain of {float(gain.mean()):+.4f} nats, "
+            f"with a standard error of {float(gain.std()) / math.sqrt(len(gain)):.4f}"
+        )
+        chosen = members[best.name]
+        shots.loss(chosen, rows)
+    else:
+        reason, chosen = f"{rival.name} has a cross-fitted log-loss of {rival.loss:.4f}", ()
+    if unsound := [arm.name for arm in helpers if arm not in sound]:
+        reason += f"; the log-loss of {' and of '.join(unsound)} is not a finite number, so it is not chosen"
     return Selection(
         ranking.target,
         how,
         tuple(ranking.experts[i] for i in chosen) if better else (),
         reason if better else f"none of these helps: {reason}",
-        tuple(Soup(tuple(ranking.experts[i].name for i in members), loss) for members, loss in shots.compared.items()),
+        tuple(Soup(tuple(ranking.experts[i].name for i in soup), loss) for soup, loss in shots.compared.items()),
         (*helpers, *rivals),
         bool(better),
     )
@@ -282,6 +318,11 @@ def _unchecked(ranking: Ranking, how: str, chosen: Sequence[int]) -> Selection:
         f"{len(experts)} of {len(ranking.experts)} experts, unchecked" if experts else f"none is so similar: {most}"
     )
     return Selection(ranking.target, how, experts, reason)
+
+
+def _or_infinite(loss: float) -> float:
+    """A loss to compare: NaN, which is neither larger nor smaller than any, counts as the largest."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _always(members: tuple[int, ...]) -> Rule:
@@ -322,14 +363,47 @@ def _redundancy(experts: Sequence[Expert], backbone: Backbone | None) -> Callabl
 
 
 def _require_sensible(
-    how: str, k: int | None, threshold: float | None, diversity: float, soup: str, candidates: int
+    how: str,
+    k: int | None,
+    threshold: float | None,
+    diversity: float | None,
+    soup: str | None,
+    candidates: int | None,
+    checked: bool,
 ) -> None:
-    if soup not in SOUPS:
+    """What is given is known, within its range and of use to the selection."""
+    if soup is not None and soup not in SOUPS:
         raise unknown_name("soup", soup, SOUPS)
     if (how == "threshold") != (threshold is not None):
         raise PituningError(f"threshold=… belongs to selection 'threshold', and that needs one; this is {how!r}")
-    for name, value in (("k", 1 if k is None else k), ("candidates", candidates)):
-        if value < 1:
+    if threshold is not None and math.isnan(threshold):
+        raise PituningError("threshold must be a number, not nan")
+    for name, value in (("k", k), ("candidates", candidates)):
+        if value is not None and value < 1:
             raise PituningError(f"{name} must be at least 1, not {value}")
-    if not 0 <= diversity <= 1:
+    if diversity is not None and not 0 <= diversity <= 1:
         raise PituningError(f"diversity must be between 0 and 1, not {diversity}")
+    if k is not None and how == "threshold":
+        raise PituningError(
+            f"k={k} has no effect on selection 'threshold', which takes all that are so similar: leave it out"
+        )
+    if diversity is not None and how != "diverse":
+        raise PituningError(f"diversity={diversity} belongs to selection 'diverse'; this is {how!r}: leave it out")
+    if candidates is not None and how not in COMPARING:
+        raise PituningError(
+            f"candidates={candidates} belongs to selections 'greedy' and 'auto'; this is {how!r}: leave it out"
+        )
+    if soup is not None and not checked and how not in COMPARING:
+        raise PituningError(
+            f"soup={soup!r} is how soups are weighted where they are compared on the target's examples, and selection {how!r} "
+            "without backbone=… and task=… compares none: leave it out"
+        )
+
+
+def _require_finite(ranking: Ranking) -> None:
+    for expert, similarity in zip(ranking.experts, ranking.similarities, strict=True):
+        if not math.isfinite(similarity):
+            raise PituningError(
+                f"the similarity of expert {expert.name!r} by {ranking.kind} is {similarity}, which has no place in an order: "
+                "leave the expert out"
+            )

@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from pituning.data.cleaning import clean_answer
-from pituning.data.records import JOINT, Records
+from pituning.data.records import Records
+from pituning.data.tables import JOINT
 from pituning.errors import DataError
 from pituning.example import Example
 from pituning.tasks.kind import Kind, key_of

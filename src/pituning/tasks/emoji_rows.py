@@ -12,8 +12,8 @@ from functools import lru_cache
 from zlib import crc32
 
 from pituning.data.emoji import COLOURS, EMOJI, GROUPS
-from pituning.data.records import JOINT
 from pituning.data.scenes import SIDES, Draws, Scene, Thing, Vocabulary, Wish, draws_for, names_of, scene, styles_of
+from pituning.data.tables import JOINT
 from pituning.errors import DataError
 from pituning.tasks.emoji_language import (
     ANYTHING,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pituning.data.records import DatasetRecords, Records, TableRecords, TsvRecords
-from pituning.data.tables import Row, read_table
+from pituning.data.tables import Row, joined_text, listed_columns, read_rows, shortened
 from pituning.errors import DataError
 from pituning.tasks.image_classification import class_name
 from pituning.tasks.kind import Kind
@@ -38,17 +38,18 @@ def records_from_file(path: str | Path, kind: Kind) -> Records:
     if path.suffix == PARQUET:
         return _from_parquet(path, kind)
     if path.suffix in (".csv", ".jsonl"):
-        rows = read_table(path, None)
-        names = _named(kind, tuple(rows[0][1]) if rows else ())
-        _require(kind, names, path, f"the columns {', '.join(rows[0][1])}" if rows else "no rows")
-        renamed = [(place, {c: row[n] for c, n in names.items() if n in row}) for place, row in rows]
-        return TableRecords(renamed, path.parent)
+        return _from_table(path, kind)
     file = TsvFile(path)
-    header = file.cells(0, range(file.column_count))
-    names = _named(kind, header)
-    if not kind.missing(names):
-        return TsvRecords(file, {c: header.index(n) for c, n in names.items()}, first=1)
-    positions = {c: p for c, p in kind.columns.items() if p < file.column_count}
+    first = [cell.removeprefix("\ufeff") for cell in file.cells(0, range(file.column_count))]
+    names = _named(kind, first)
+    if not (missing := kind.missing(names)):
+        return TsvRecords(file, {c: first.index(n) for c, n in names.items()}, first=1)
+    if names:
+        raise DataError(
+            f"{path}:1: a header with {listed_columns(names.values())}, but without a column for {', '.join(missing)}: "
+            f"it has {listed_columns(first)}; {_names_of(kind)}. If it is a row, put a header above it"
+        )
+    positions = {c: p for c, p in kind.positions(first).items() if p < file.column_count}
     _require(kind, positions, path, f"{file.column_count} columns")
     return TsvRecords(file, positions)
 
@@ -60,7 +61,7 @@ def records_from_dataset(dataset: Any, kind: Kind, where: str) -> Records:
         DataError: if a column is missing.
     """
     names = _named(kind, tuple(dataset.column_names))
-    _require(kind, names, where, f"the columns {', '.join(dataset.column_names)}")
+    _require(kind, names, where, f"the columns {listed_columns(dataset.column_names)}")
     return DatasetRecords(dataset, names, where)
 
 
@@ -107,7 +108,7 @@ def coop_split(path: Path) -> dict[str, Records]:
         for number, item in enumerate(items):
             place = f"{path}: {name}[{number}]"
             if not isinstance(item, list) or len(item) != 3:
-                raise DataError(f"{place}: expected [picture, label number, class name], found {item!r}")
+                raise DataError(f"{place}: expected [picture, label number, class name], found {shortened(repr(item))}")
             rows.append((place, {"image": str(item[0]), "label": str(item[2])}))
         if rows:
             splits[split] = TableRecords(rows, _root_of(path.parent, rows[0][1]["image"], rows[0][0]))
@@ -127,7 +128,7 @@ def aircraft_split(folder: Path) -> dict[str, Records]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             image, _, variant = line.partition(" ")
             if not variant.strip():
-                raise DataError(f"{path}:{number}: expected a picture and its variant, found {line!r}")
+                raise DataError(f"{path}:{number}: expected a picture and its variant, found {shortened(line)!r}")
             rows.append((f"{path}:{number}", {"image": f"images/{image}.jpg", "label": variant.strip()}))
         splits[split] = TableRecords(rows, folder)
     return splits
@@ -180,6 +181,19 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only text and numbers are expected")
 
 
+def _from_table(path: Path, kind: Kind) -> Records:
+    rows = list(read_rows(path))
+    found = tuple(dict.fromkeys(column for _, values in rows for column in values))
+    names = _named(kind, found)
+    _require(kind, names, path, f"the columns {listed_columns(found)}" if rows else "no rows")
+    read: list[Row] = []
+    for line, values in rows:
+        place = f"{path}:{line}"
+        texts = {c: joined_text(values[n], f"{place} ({n})") for c, n in names.items() if n in values}
+        read.append((place, {**{c: "" for c in names if c in kind.optional}, **texts}))
+    return TableRecords(read, path.parent)
+
+
 def _from_parquet(path: Path, kind: Kind) -> Records:
     import datasets
 
@@ -203,11 +217,15 @@ def _require(kind: Kind, found: Mapping[str, Any], where: str | Path, there: str
     if not (missing := kind.missing(found)):
         return
     layout = ", ".join(f"{c} ({p})" for c, p in sorted(kind.columns.items(), key=lambda item: item[1]))
-    other = ", ".join("/".join((c, *kind.aliases.get(c, ()))) for c in kind.columns)
     raise DataError(
         f"{where}: no column for {', '.join(missing)}: found {there}. A TSV without a header needs OFA's layout: "
-        f"{layout}, counted from 0; a file with a header needs the names {other}"
+        f"{layout}, counted from 0; {_names_of(kind)}"
     )
+
+
+def _names_of(kind: Kind) -> str:
+    names = ("/".join((c, *kind.aliases.get(c, ()))) for c in kind.columns)
+    return f"a file with a header needs the names {', '.join(names)}"
 
 
 def _root_of(folder: Path, image: str, place: str) -> Path:

@@ -6,7 +6,7 @@ and which no two tasks share; these here are for comparisons with the paper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
@@ -38,9 +38,9 @@ class _Glue(Kind):
             "sentence": ("text",),
             "premise": ("sentence1",),
             "hypothesis": ("sentence2",),
-            "first": ("sentence1", "s1", "question1"),
-            "second": ("sentence2", "s2", "question2"),
-            "label": ("is_duplicate", "gold_label"),
+            "first": ("sentence1", "s1", "question1", "#1 String"),
+            "second": ("sentence2", "s2", "question2", "#2 String"),
+            "label": ("is_duplicate", "gold_label", "Quality"),
         }
     )
     texts: ClassVar[tuple[str, ...]]
@@ -80,6 +80,11 @@ class CoLA(_Glue):
     texts = ("sentence",)
     question = ' is the text " {sentence} " grammatically correct?'
     labels = MappingProxyType({"0": "no", "1": "yes", "unacceptable": "no", "acceptable": "yes"})
+
+    def positions(self, row: Sequence[str]) -> Mapping[str, int]:
+        """See :meth:`Kind.positions`. GLUE's own files have no header either: source, label, star, sentence."""
+        glue = len(row) == 4 and row[1] in self.labels and row[2] not in self.labels
+        return {"sentence": 3, "label": 1} if glue else self.columns
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from pituning.data.cleaning import clean_caption
 from pituning.data.images import image_size
 from pituning.data.records import Records
-from pituning.data.tables import SUFFIXES, read_table
+from pituning.data.tables import first_columns, read_table, shortened
 from pituning.errors import DataError
 from pituning.example import Box, Example, ImageSource
 from pituning.tasks.kind import Kind, filled, key_of
@@ -60,7 +60,7 @@ def _read_box(text: str, place: str) -> Box:
     try:
         x0, y0, x1, y1 = map(float, text.split(","))
     except ValueError as error:
-        raise DataError(f"{place}: expected a box as x0,y0,x1,y1 in pixels, found {text!r}") from error
+        raise DataError(f"{place}: expected a box as x0,y0,x1,y1 in pixels, found {shortened(text)!r}") from error
     if min(x0, y0) > -SLACK:
         x0, y0 = max(x0, 0.0), max(y0, 0.0)
     if not (all(map(math.isfinite, (x0, y0, x1, y1))) and 0 <= x0 < x1 and 0 <= y0 < y1):
@@ -132,12 +132,8 @@ def grounding_from_files(name: str, files: Mapping[str, str | Path]) -> Task:
 
 
 def has_corner_columns(path: Path) -> bool:
-    """Whether a file is one for :func:`grounding_from_files`: its first line names the corners of boxes."""
-    if not path.is_file() or path.suffix not in SUFFIXES:
-        return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        first = file.readline(100_000)
-    return all(corner in first for corner in COLUMNS[2:])
+    """Whether a file is one for :func:`grounding_from_files`: its header or first object names the corners of boxes."""
+    return set(COLUMNS[2:]) <= set(first_columns(path))
 
 
 def grounding_prompt(text: str) -> str:
@@ -164,7 +160,7 @@ def _read(folder: Path, number: int, place: str, row: dict[str, str]) -> Groundi
         try:
             corners.append(float(row[column]))
         except ValueError as error:
-            raise DataError(f"{place}: {column} is no number: {row[column]!r}") from error
+            raise DataError(f"{place}: {column} is no number: {shortened(row[column])!r}") from error
     x0, y0, x1, y1 = corners
     return GroundingRow(str(number), folder / row["image"], row["text"], (x0, y0, x1, y1))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from pituning.data.records import Records
+from pituning.data.tables import shortened
 from pituning.errors import DataError
 from pituning.example import Example
 from pituning.tasks.kind import Kind, filled
@@ -40,7 +41,7 @@ class ImageClassification(Kind):
         name = class_name(filled(records, row, "label"))
         if name not in self.classes:
             raise DataError(
-                f"{records.place(row, 'label')}: {name!r} is not one of the {len(self.classes)} classes, such as "
+                f"{records.place(row, 'label')}: {shortened(name)!r} is not one of the {len(self.classes)} classes, such as "
                 f"{', '.join(map(repr, self.classes[:3]))}"
             )
         return Example(

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, overload
 
 from pituning.data.records import Records
+from pituning.data.tables import listed_columns, shortened
 from pituning.errors import DataError, unknown_name
 from pituning.example import DecoderPrompt, Example
 from pituning.tasks.task import Task
@@ -64,6 +65,10 @@ class Kind(ABC):
         """The logical columns that a source needs and lacks."""
         return [c for c in self.columns if c not in columns and c not in self.optional]
 
+    def positions(self, row: Sequence[str]) -> Mapping[str, int]:
+        """Logical column → its place in a TSV file without a header, of which this is the first row: OFA's layout."""
+        return self.columns
+
     def task(self, name: str, splits: Mapping[str, Records]) -> Task:
         """A task whose splits are read from these rows when they are needed.
 
@@ -73,7 +78,7 @@ class Kind(ABC):
         for split, records in splits.items():
             if missing := self.missing(records.columns()):
                 raise DataError(
-                    f"task {name!r}, split {split!r}: no column {missing[0]!r}; there are {', '.join(records.columns())}"
+                    f"task {name!r}, split {split!r}: no column {missing[0]!r}; there are {listed_columns(records.columns())}"
                 )
         return Task(
             name,
@@ -155,5 +160,5 @@ def label_text(labels: Mapping[str, str], records: Records, row: int, column: st
     value = records.text(row, column).strip()
     if value and value not in labels:
         known = ", ".join(labels)
-        raise DataError(f"{records.place(row, column)}: label {value!r} is not one of {known}")
+        raise DataError(f"{records.place(row, column)}: label {shortened(value)!r} is not one of {known}")
     return labels[value] if value else ""

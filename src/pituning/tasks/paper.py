@@ -25,7 +25,7 @@ from pituning.tasks.files import (
 )
 from pituning.tasks.glue import MNLI, MRPC, QNLI, QQP, RTE, SST2, CoLA
 from pituning.tasks.grounding import Grounding
-from pituning.tasks.image_classification import ImageClassification
+from pituning.tasks.image_classification import ImageClassification, class_name
 from pituning.tasks.kind import Kind
 from pituning.tasks.summarisation import Summarisation
 from pituning.tasks.task import Task
@@ -129,12 +129,15 @@ def with_answers(kind: Kind, splits: Mapping[str, Records], answers: Sequence[st
     A question's answers are those of the training rows; class names are those of all rows.
 
     Raises:
-        DataError: if the answers are to be taken from training rows and there are none.
+        DataError: if the answers are to be taken from training rows and there are none, or a class is given twice.
         RefusedError: if answers are given to a kind that has them already, or has none to be given.
     """
     if isinstance(kind, ImageClassification) and not kind.classes:
-        given = [] if answers is None else answers
-        return replace(kind, classes=tuple(given) or classes_of(splits))
+        given = tuple(map(class_name, answers or ()))
+        if len(set(given)) < len(given):
+            twice = next(name for i, name in enumerate(given) if name in given[:i])
+            raise DataError(f"the class {twice!r} is there twice, spaces standing for underscores; leave one out")
+        return replace(kind, classes=given or classes_of(splits))
     if isinstance(kind, VQA) and not kind.answer_set:
         return replace(kind, answer_set=tuple(answers) if answers is not None else _training_answers(kind, splits))
     if answers is not None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pituning.data.fewshot import draw_shots
 from pituning.data.hub import load_hub_split, rows_from_dataset
-from pituning.data.tables import SUFFIXES, Row, read_table
+from pituning.data.tables import SUFFIXES, Row, read_table, shortened
 from pituning.errors import DataError, unknown_name
 from pituning.example import Example
 
@@ -113,6 +113,11 @@ class TaskDefinition:
     kind: str = "text classification"
 
     def __post_init__(self) -> None:
+        if not 1 <= len(self.texts) <= 2:
+            raise DataError(
+                f"task {self.name!r}: expected one or two text columns, found {len(self.texts)} ({', '.join(self.texts)}): an "
+                "encoder reads no more; join the texts in the file"
+            )
         twice = [text for text in self.labels.values() if list(self.labels.values()).count(text) > 1]
         if twice:
             raise DataError(
@@ -139,7 +144,9 @@ class TaskDefinition:
         for number, (where, row) in enumerate(rows):
             if row[self.label] not in self.labels:
                 known = ", ".join(self.labels)
-                raise DataError(f"{where}: label {row[self.label]!r} is not one of task {self.name!r}: {known}")
+                raise DataError(
+                    f"{where}: label {shortened(row[self.label])!r} is not one of task {self.name!r}: {known}"
+                )
             texts = tuple(row[c] for c in self.texts)
             prompt = self.prompt.format(**{c: row[c] for c in self.texts})
             target = self.labels[row[self.label]]

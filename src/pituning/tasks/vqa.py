@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from pituning.data.cleaning import clean_question
-from pituning.data.records import JOINT, Records
+from pituning.data.records import Records
+from pituning.data.tables import JOINT, shortened
 from pituning.errors import DataError
 from pituning.example import Example
 from pituning.metrics.vqa import soft_answers
@@ -108,7 +109,9 @@ def confidences(text: str, place: str) -> tuple[tuple[str, float], ...]:
         except ValueError:
             value = -1.0
         if not mark or not answer.strip() or not 0 <= value <= 1:
-            raise DataError(f"{place}: expected 'confidence|!+answer' with a confidence of 0 to 1, found {part!r}")
+            raise DataError(
+                f"{place}: expected 'confidence|!+answer' with a confidence of 0 to 1, found {shortened(part)!r}"
+            )
         found.append((answer.strip(), value))
     return tuple(found)
 

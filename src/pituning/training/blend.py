@@ -14,15 +14,18 @@ from pituning.interpolation.build import Granularity, group_names, is_lora
 from pituning.interpolation.collapse import collapse
 from pituning.interpolation.mixture import Mixture, ProductMixture
 from pituning.tasks.task import Task
+from pituning.training.checkpoints import require_folder
 from pituning.training.starts import (
     blend_start,
     calibrated_loss,
     initial_weights,
     require_consistent,
     require_something_to_train,
+    require_weights_to_regularise,
 )
 from pituning.training.train_expert import dev_examples
 from pituning.training.trainer import TrainSettings, fit, settings_dict
+from pituning.version import __version__
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,10 @@ def blend(
     Raises:
         as :func:`interpolate`.
     """
+    require_folder(folder, resume)
     require_consistent(experts, own, init, "auto", similarities)
     require_rank(experts, rank, max_error)
+    require_weights_to_regularise(train, settings.weights_to_start, settings.weights_spread)
     require_something_to_train(train, settings.optimizer, settings.alpha_learning_rate, "settings")
     members = (*experts, *([own] if own is not None else []))
     for expert in members:
@@ -169,7 +174,7 @@ def blended_card(
     name: str | None,
 ) -> ExpertCard:
     """The card of a blend, without its metrics."""
-    starts = {e.card.init_hash for e in members}
+    starts, licences = {e.card.init_hash for e in members}, {e.card.licence for e in members}
     weights = mixture.weights().detach().cpu().mean(0).tolist()
     return replace(
         members[0].card,
@@ -178,6 +183,8 @@ def blended_card(
         fingerprint=backbone.fingerprint,
         task=task.name,
         init_hash=starts.pop() if len(starts) == 1 else "",
+        licence=licences.pop() if len(licences) == 1 else "",
+        version=__version__,
         shots=task.shots,
         seed=task.seed,
         choices=task.choices,
@@ -201,7 +208,7 @@ def collapsed(
     rank: int | None,
     max_error: float | None = None,
 ) -> Interpolation:
-    """The trained mixture as one expert, with the weights of its members by group."""
+    """The trained mixture as one expert, on the CPU as experts of a pool are, with the weights of its members by group."""
     weights = mixture.weights().detach().cpu().tolist()
     groups = group_names(members, granularity if len(weights) > 1 else "model")
     by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
@@ -222,4 +229,5 @@ def collapsed(
     expert = folded.expert.with_card(
         training={**card.training, "interpolation": record}, init_hash="" if own_coordinates else card.init_hash
     )
+    expert = replace(expert, tensors={name: tensor.cpu() for name, tensor in expert.tensors.items()})
     return Interpolation(expert, tuple(e.name for e in members), by_group, (), folded.errors)

@@ -146,7 +146,14 @@ def _diverged(losses: Mapping[tuple[float, int], Tensor]) -> NoReturn:
 
 
 def within_standard_errors(losses: Tensor, best: Tensor, count: float = 1) -> bool:
-    """Whether the paired difference of two per-example losses is no larger than so many of its standard errors."""
+    """Whether the paired difference of two per-example losses is no larger than so many of its standard errors.
+
+    Losses that are not all finite are those of a run that has diverged: they are never within, and against them all others are.
+    """
+    if not bool(best.isfinite().all()):
+        return True
+    if not bool(losses.isfinite().all()):
+        return False
     difference = losses - best
     return float(difference.mean()) <= count * float(difference.std()) / math.sqrt(len(difference))
 
@@ -159,13 +166,14 @@ def _fold_curve(
     rate: float,
     seed: int,
 ) -> Mapping[int, Tensor]:
-    """Held-out log p by step, of one fold at one learning rate."""
+    """Held-out log p by step, of one fold at one learning rate; NaN where it has diverged: `choose_cell` sees to it."""
     (mixture, config), (train, held_out) = begun, parts
     if any(p.requires_grad for p in mixture.parameters()):
         settings = search.settings(rate, search.steps, seed)
-        return fit(backbone, mixture, config, train, settings, held_out=held_out).held_out_log_p
+        run = fit(backbone, mixture, config, train, settings, held_out=held_out, may_diverge=True)
+        return run.held_out_log_p
     with running(backbone, mixture, config) as model:
-        return {0: log_probabilities(backbone, held_out, model)}
+        return {0: log_probabilities(backbone, held_out, model, finite=False)}
 
 
 def fold_examples(examples: Sequence[Example], search: Search, fold: int | None) -> Sequence[Example]:

@@ -17,7 +17,7 @@ from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor
 
 from pituning.backbones.base import IMAGE_BATCH_SIZE, Backbone, Batch, common_choices, require_targets
-from pituning.errors import DataError, RefusedError, unknown_name
+from pituning.errors import DataError, PituningError, RefusedError, unknown_name
 from pituning.example import Box, Example
 from pituning.experts.expert import Expert
 from pituning.methods.attach import attached
@@ -89,6 +89,7 @@ def evaluate(
         RefusedError: if a metric does not fit the task's answers, or the backbone cannot give such answers.
         UnknownNameError: if there is no metric of that name.
         MissingDependencyError: if a metric needs a package or program that is not there.
+        PituningError: if the model's scores of an example are no numbers; it names the example.
     """
     examples = tuple(task.split(split, limit))  # made once, their pictures only when they are opened
     wanted = [metric_named(name) for name in dict.fromkeys((task.metric, *task.more_metrics, *metrics))]
@@ -164,17 +165,10 @@ def _answer_kind(task: Task, examples: Sequence[Example]) -> Answers:
     return "box" if boxes else "text"
 
 
-_FITTING: Mapping[Answers, tuple[Answers, ...]] = {
-    "choice": ("choice", "soft"),
-    "text": ("text", "references", "soft"),
-    "box": ("box",),
-}
-
-
 def _truth(metric: Metric, task: Task, kind: Answers, examples: Sequence[Example]) -> Sequence[Any]:
     """The right answers, as the metric compares them."""
-    if metric.answers not in _FITTING[kind]:
-        fitting = [name for answers in _FITTING[kind] for name in metric_names(answers)]
+    if metric.answers not in FITTING[kind]:
+        fitting = [name for answers in FITTING[kind] for name in metric_names(answers)]
         raise RefusedError(
             f"task {task.name!r}: metric {metric.name!r} compares answers of the kind {metric.answers!r}, but the task's "
             f"are of the kind {kind!r}; its metric may be {' or '.join(fitting)}"
@@ -204,6 +198,7 @@ def _answers(
 
     def scored(batch: Batch, part: Sequence[Example]) -> list[tuple[float, int]]:
         log_p = F.log_softmax(backbone.score(batch, choices).float(), dim=1).cpu()
+        _require_numbers(log_p, part, f"task {task.name!r}: ")
         target = [-float(row[e.label]) if losses and e.target else math.nan for row, e in zip(log_p, part, strict=True)]
         return list(zip(target, log_p.argmax(1).tolist(), strict=True))
 
@@ -211,7 +206,9 @@ def _answers(
         target = [math.nan] * len(part)
         if losses and (answered := [n for n, e in enumerate(part) if e.target]):
             whole = batch if len(answered) == len(part) else backbone.collate([part[n] for n in answered])
-            for n, loss in zip(answered, backbone.loss(whole).float().tolist(), strict=True):
+            found = backbone.loss(whole).float().cpu()
+            _require_numbers(-found.unsqueeze(1), [part[n] for n in answered], f"task {task.name!r}: ")
+            for n, loss in zip(answered, found.tolist(), strict=True):
                 target[n] = loss
         if kind == "box":
             return list(zip(target, backbone.locate(batch), strict=True))
@@ -231,14 +228,23 @@ def _answers(
 
 @torch.no_grad()
 def log_probabilities(
-    backbone: Backbone, examples: Sequence[Example], model: MixtureModel | None = None, batch_size: int | None = None
+    backbone: Backbone,
+    examples: Sequence[Example],
+    model: MixtureModel | None = None,
+    batch_size: int | None = None,
+    *,
+    finite: bool = True,
 ) -> Tensor:
     """log p(choice | input), shape ``[examples, choices]``, of whatever the backbone carries, or of a mixture on it.
 
     Open-ended examples have one column, log p(target | input), summed over the target's tokens: shape ``[examples, 1]``.
 
+    Args:
+        finite: raise where the scores are no numbers; a search, in which such a model loses, takes them as they are.
+
     Raises:
         DataError: if an open-ended example has no target.
+        PituningError: if the model's scores of an example are NaN or +∞; it names the example.
     """
     choices = common_choices(examples)
     if not choices:
@@ -247,10 +253,25 @@ def log_probabilities(
 
     def rows(batch: Batch, part: Sequence[Example]) -> Tensor:
         if choices:
-            return F.log_softmax(runner.score(batch, choices).float(), dim=1).cpu()
-        return -runner.loss(batch).float().cpu().unsqueeze(1)
+            log_p = F.log_softmax(runner.score(batch, choices).float(), dim=1).cpu()
+        else:
+            log_p = -runner.loss(batch).float().cpu().unsqueeze(1)
+        if finite:
+            _require_numbers(log_p, part)
+        return log_p
 
     return torch.stack(_by_batch(backbone, examples, rows, batch_size))
+
+
+def _require_numbers(log_p: Tensor, examples: Sequence[Example], place: str = "") -> None:
+    """Raise where a row ``[examples, choices]`` has NaN (of +∞, too, softmax makes NaN); −∞ is an impossible answer."""
+    for example, wrong in zip(examples, (log_p.isnan() | (log_p == math.inf)).any(1).tolist(), strict=True):
+        if wrong:
+            raise PituningError(
+                f"{place}the model's scores of example {example.id!r} are NaN or infinite, so that they give no answer: its "
+                "training has diverged, or half precision has overflowed; load the backbone in float32, or train the expert "
+                "with a lower learning rate"
+            )
 
 
 def _by_batch(

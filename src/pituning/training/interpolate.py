@@ -30,6 +30,7 @@ from pituning.training.starts import (
     kept_start,
     require_consistent,
     require_something_to_train,
+    require_weights_to_regularise,
 )
 from pituning.training.train_expert import fold_experts
 from pituning.training.trainer import fit
@@ -122,11 +123,7 @@ def choose(
     """
     search = search or Search(alpha_learning_rate=ALPHA_LEARNING_RATE)
     require_consistent(experts, own, init, include_own, similarities, scale)
-    if (search.weights_to_start or search.weights_spread) and train in ("none", "merge-then-tune"):
-        raise PituningError(
-            f"train={train!r} holds the weights, so that nothing is there to regularise: train them "
-            "(train='weights', 'shared' or 'experts'), or leave weights_to_start and weights_spread out"
-        )
+    require_weights_to_regularise(train, search.weights_to_start, search.weights_spread)
     require_something_to_train(train, search.optimizer, search.alpha_learning_rate, "search")
     for expert in (*experts, *([own] if own else [])):
         expert.require_backbone(backbone)

@@ -40,7 +40,8 @@ def precision(backbone: Backbone, name: str) -> Iterator[None]:
             f"instructions that it may not use); use 'fp32', or start with the environment variable {_WITHOUT_AMX} set"
         )
     if name == "fp32" or (name == "auto" and not has_fast_bf16(backbone.device)):
-        yield
+        with torch.autocast(backbone.device.type, enabled=False):  # the block may lie in one of bfloat16
+            yield
         return
     config = backbone.model.config
     before = config._attn_implementation

@@ -26,6 +26,8 @@ INITS = ("uniform", "similarity", "score")
 INCLUDE_OWN = ("auto", True, False)
 ALPHA_LEARNING_RATE = 1e-2
 """Of α in the search that is made where none is given."""
+SMALLEST_WEIGHT = 2.0**-149
+"""The smallest positive number of float32."""
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 """What the sum of a blend's weights is a mean of."""
 
@@ -105,7 +107,7 @@ def expected_scale(
                     raise
                 return 1.0
             with running(backbone, mixture, config) as model:
-                rows.append(log_probabilities(backbone, part, model))
+                rows.append(log_probabilities(backbone, part, model, finite=False))
         losses[scale] = log_loss(torch.cat(rows), pooled)
     finite = {scale: loss for scale, loss in losses.items() if math.isfinite(loss)}
     if not finite:
@@ -179,6 +181,19 @@ def require_something_to_train(train: str, optimizer: str, alpha_learning_rate: 
         )
 
 
+def require_weights_to_regularise(train: str, weights_to_start: float, weights_spread: float) -> None:
+    """Regularisers of the weights want weights that are trained.
+
+    Raises:
+        PituningError: if ``train`` holds them.
+    """
+    if (weights_to_start or weights_spread) and train in ("none", "merge-then-tune"):
+        raise PituningError(
+            f"train={train!r} holds the weights, so that nothing is there to regularise: train them "
+            "(train='weights', 'shared' or 'experts'), or leave weights_to_start and weights_spread out"
+        )
+
+
 def initial_weights(
     init: str | Sequence[float],
     losses: Sequence[float],
@@ -203,15 +218,18 @@ def score_weights(losses: Sequence[float], examples: int, sharpness: float = 0.2
     """w_k ∝ exp(−sharpness · N · loss_k): how well each expert explains the N shots, tempered.
 
     With sharpness 1 this is the posterior of K equally likely models given N independent examples; experts are correlated
-    and their log-losses noisy, so less than the full evidence is counted.
+    and their log-losses noisy, so less than the full evidence is counted. A weight that float32 cannot tell from 0 becomes the
+    smallest that it can: that of 0 has α = −∞, which nothing could move.
 
     Args:
         losses: mean log-loss of each, after calibration (:func:`calibrated_loss`): experts of other tasks differ by nats in
             how sure of themselves they are, and one would take all the weight for being in doubt.
     """
     evidence = -sharpness * examples * torch.tensor(losses, dtype=torch.float64)
-    weights: list[float] = torch.softmax(evidence, 0).tolist()
-    return weights
+    weights = torch.softmax(evidence, 0)
+    vanished = (weights.float() == 0) & evidence.isfinite()
+    found: list[float] = weights.masked_fill(vanished, SMALLEST_WEIGHT).tolist()
+    return found
 
 
 def expert_log_probabilities(backbone: Backbone, expert: Expert, examples: Sequence[Example]) -> Tensor:

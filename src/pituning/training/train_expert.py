@@ -21,6 +21,7 @@ from pituning.methods.attach import config_dict, initial_tensors
 from pituning.methods.prefix import folded, is_folded
 from pituning.methods.presets import make_config, method_of
 from pituning.tasks.task import Task
+from pituning.training.checkpoints import require_folder
 from pituning.training.crossfit import CrossFit, Search, cross_fit, fold_examples
 from pituning.training.trainer import TrainSettings, fit, settings_dict
 
@@ -49,15 +50,23 @@ def train_expert(
         task: with shots, learning rate and steps are found by cross-fitting (``search``); with full data the run is
             ``settings`` and ends with the best state on the dev split, where there is one.
         settings: overrides the search or the full-data recipe.
+        search: the grid for shots; a task with full data has none.
         seed: of the order of the examples; the initialisation does not depend on it.
         folder: for checkpoints and TensorBoard logs; with ``resume`` a run goes on from the last checkpoint there.
         options: fields of the method's PEFT configuration (``r``, ``target_modules``, …).
 
     Raises:
         UnknownNameError: for an unknown method.
-        PituningError: for options beside a configuration, which has them all.
+        PituningError: for options beside a configuration, which has them all; for a search with full data.
         DataError: if the training split is empty.
+        RefusedError: if the folder holds checkpoints and the run is not to go on from them, or they are another run's.
     """
+    require_folder(folder, resume)
+    if search is not None and task.shots is None:
+        raise PituningError(
+            f"task {task.name!r} has full data, for which nothing is searched: give settings=TrainSettings(…) in place of "
+            "search=…, or load the task with shots=…"
+        )
     if isinstance(method, PeftConfig):
         if options:
             raise PituningError(f"a {type(method).__name__} is complete; set {', '.join(options)} in it")
@@ -148,9 +157,12 @@ def fold_experts(
 
 
 def _finished(mixture: Mixture, config: Mapping[str, Any], card: ExpertCard) -> Expert:
-    """The trained expert; a prefix that was trained through a network becomes the plain prefix that it makes."""
+    """The trained expert, on the CPU as experts of a pool are; a prefix that was trained through a network becomes the plain
+    prefix that it makes.
+    """
     trained = collapse(mixture, config, card).expert
     settings, tensors = folded(trained.config, trained.tensors)
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     return Expert(tensors, settings, replace(trained.card, parameters=sum(t.numel() for t in tensors.values())))
 
 

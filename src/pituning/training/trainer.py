@@ -19,11 +19,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pituning.backbones.base import Backbone, require_targets
 from pituning.data.augment import Augmenter, augmenter
-from pituning.errors import DataError, RefusedError, unknown_name
+from pituning.errors import DataError, PituningError, RefusedError, unknown_name
 from pituning.example import Example
 from pituning.interpolation.mixture import Mixture
 from pituning.methods.attach import check_tensors
 from pituning.training.batching import parts_of_similar_length, text_length
+from pituning.training.checkpoints import begin, identity, require_folder, steps_of
 from pituning.training.gradient_free import SIGMA, minimise
 from pituning.training.module import MixtureModel, running
 
@@ -32,6 +33,7 @@ WEIGHTS_FILE = "mixture.safetensors"
 HISTORY_FILE = "history.json"
 BEST_FILE = "best.safetensors"
 """In a checkpoint: what was measured so far, and, of a run that keeps it, the best state; a resumed run goes on from them."""
+ALPHA = "mixture.alpha"  # in a checkpoint
 WEIGHTS, PARTS = "example_weights", "parts"  # their places in a batch
 
 
@@ -55,6 +57,9 @@ class TrainSettings:
         eval_every: steps between evaluations on the held-out examples, where there are any; 0 means once per epoch.
         keep_best: with held-out examples, end with the state of the lowest held-out log-loss instead of the last.
         seed: order of the examples and dropout, not the initialisation.
+
+    Raises:
+        PituningError: for fewer than no steps, or no epochs.
     """
 
     learning_rate: float = 1e-3
@@ -75,6 +80,12 @@ class TrainSettings:
     eval_every: int = 0
     keep_best: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 0:
+            raise PituningError(f"steps must be 0 (which trains nothing) or more, not {self.steps}; None takes epochs")
+        if not 0 < self.epochs < math.inf:
+            raise PituningError(f"epochs must be a positive number, not {self.epochs:g}; steps=0 trains nothing")
 
     def with_(self, **changes: Any) -> TrainSettings:
         """A changed copy."""
@@ -116,6 +127,7 @@ def fit(
     folder: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
+    may_diverge: bool = False,
 ) -> Fit:
     """Train a mixture in place on examples; the backbone stays as it is.
 
@@ -124,12 +136,18 @@ def fit(
     Args:
         held_out: examples on which the log-loss is measured before the first step and every ``eval_every`` steps.
         folder: where checkpoints and TensorBoard logs go; nothing is written where it is ``None``.
-        resume: continue from the last checkpoint in ``folder``.
+        resume: continue from the last checkpoint in ``folder``, if there is one. It must be of the same run: only ``steps``
+            and ``epochs`` may be others, so that a finished run can be made longer.
         progress: show a progress bar.
+        may_diverge: report what was measured of a run that ends in numbers that are not finite, too: a search takes it for
+            the loser.
 
     Raises:
         DataError: if there are no examples.
+        PituningError: if a trained tensor is not finite at the end; for ``resume`` without a folder.
+        RefusedError: if the folder holds checkpoints and the run is not to go on from them, or they are another run's.
     """
+    require_folder(folder, resume)
     if not examples:
         raise DataError("there are no examples to train on")
     trainable = [p for p in mixture.parameters() if p.requires_grad]
@@ -138,7 +156,29 @@ def fit(
     if not trainable or settings.steps == 0:
         return Fit()
     if settings.optimizer == "cma":
-        return _fit_gradient_free(backbone, mixture, config, examples, settings, held_out, folder)
+        found = _fit_gradient_free(backbone, mixture, config, examples, settings, held_out, folder)
+    else:
+        found = _fit_by_gradients(backbone, mixture, config, examples, settings, held_out, folder, progress)
+    if not may_diverge:
+        _require_finite(mixture, settings, found.steps)
+    return found
+
+
+def _fit_by_gradients(
+    backbone: Backbone,
+    mixture: Mixture,
+    config: Mapping[str, Any],
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    held_out: Sequence[Example],
+    folder: str | Path | None,
+    progress: bool,
+) -> Fit:
+    """`fit` by AdamW, from the last checkpoint in the folder, if there is one."""
+    checkpoint: Path | None = None
+    if folder is not None:
+        run = identity(backbone, mixture, config, examples, held_out, settings_dict(settings))
+        checkpoint = begin(folder, run, settings_dict(TrainSettings()))
     with running(backbone, mixture, config) as model, tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(settings, len(examples), Path(folder) if folder else None, scratch, backbone, progress)
         collate = _Collator(backbone, settings)
@@ -148,8 +188,18 @@ def fit(
         history = trainer.history = _History(trainer, held_out, settings)
         trainer.add_callback(history)
         _keep_quiet(trainer, progress)
-        trainer.train(resume_from_checkpoint=True if resume and _has_checkpoint(folder) else None)
-        steps, kept = trainer.state.global_step, history.restore_best()
+        if checkpoint is not None and (taken := steps_of(checkpoint)) >= arguments.max_steps:
+            if taken > arguments.max_steps:
+                raise RefusedError(
+                    f"{folder} holds {checkpoint.name}, and the run is to have {arguments.max_steps} steps: resume it with at "
+                    f"least {taken}, or take another folder"
+                )
+            trainer._load_from_checkpoint(str(checkpoint))
+            steps = taken
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            steps = trainer.state.global_step
+        kept = history.restore_best()
         return Fit(
             history.held_out,
             history.held_out_log_p,
@@ -197,7 +247,7 @@ def _fit_gradient_free(
             last = step == generations
             if not held_out or (step and not last and step % (settings.eval_every or 1)):
                 return
-            found.held_out_log_p[step] = log_probabilities(backbone, held_out, model)
+            found.held_out_log_p[step] = log_probabilities(backbone, held_out, model, finite=False)
             found.held_out[step] = log_loss(found.held_out_log_p[step], held_out)
             if found.held_out[step] <= min(found.held_out.values()):
                 found, best = replace(found, best_step=step), mixture.alpha.detach().clone()
@@ -216,6 +266,18 @@ def _fit_gradient_free(
         return replace(found, end_step=found.best_step)
 
 
+@torch.no_grad()
+def _require_finite(mixture: Mixture, settings: TrainSettings, steps: int) -> None:
+    for name, tensor in mixture().items():
+        if wrong := int((~tensor.isfinite()).sum()):
+            rate = max(settings.learning_rate, settings.alpha_learning_rate)
+            raise PituningError(
+                f"training has diverged: after {steps} steps {wrong} of {tensor.numel()} values of tensor {name} "
+                f"{list(tensor.shape)} are NaN or infinite; the learning rate ({rate:g}) is too high, or half precision has "
+                "overflowed: lower the rate, or train with the backbone in float32"
+            )
+
+
 def _penalty(mixture: Mixture, settings: TrainSettings) -> Tensor:
     return mixture.penalty(settings.weights_to_start, settings.weights_spread)
 
@@ -230,6 +292,13 @@ class MixtureTrainer(Trainer):
         self.backbone = backbone
         self.settings = settings
         self.history: _History | None = None
+        self._batches, self._examples = 1, 0  # of the present step
+
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[Any], Any]:
+        """The batches of the next step."""
+        batches, items = super().get_batch_samples(*arguments, **options)
+        self._batches, self._examples = len(batches), sum(len(batch[WEIGHTS]) for batch in batches)
+        return batches, items
 
     def compute_loss(
         self, model: MixtureModel, inputs: Mapping[str, Any], return_outputs: bool = False, **_: Any
@@ -237,6 +306,8 @@ class MixtureTrainer(Trainer):
         """Mean of the per-example losses, each times its example's weight."""
         losses: Tensor = model(self.settings.label_smoothing, inputs[PARTS])
         loss: Tensor = (losses * inputs[WEIGHTS].to(losses)).mean()
+        if self._batches > 1:  # the trainer takes the mean over batches, so that a smaller one must count less
+            loss = loss * (len(losses) * self._batches / self._examples)
         return loss + _penalty(self.model.mixture, self.settings)
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
@@ -263,7 +334,7 @@ class MixtureTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE)
         live = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
-        check_tensors({n: tuple(p.shape) for n, p in live.items()}, saved, f"checkpoint {resume_from_checkpoint}")
+        _check_saved(live, saved, f"checkpoint {resume_from_checkpoint}")
         with torch.no_grad():
             for name, parameter in live.items():
                 parameter.copy_(saved[name])
@@ -370,7 +441,7 @@ class _History(TrainerCallback):
         self.best_step = record["best"]
         if self.settings.keep_best and (folder / BEST_FILE).is_file():
             best = safetensors.torch.load_file(folder / BEST_FILE)
-            check_tensors({n: tuple(p.shape) for n, p in live.items()}, best, f"best state of {folder}")
+            _check_saved(live, best, f"best state of {folder}")
             self._best = {n: t.to(live[n]) for n, t in best.items()}
 
     def _record_weights(self, step: int) -> None:
@@ -383,7 +454,8 @@ class _History(TrainerCallback):
         from pituning.training.evaluation import log_loss, log_probabilities
 
         self.trainer.model.eval()  # the trainer goes back to training mode by itself
-        log_p = log_probabilities(self.trainer.backbone, self.examples, self.trainer.model)
+        # a run that has diverged may have a best state from before
+        log_p = log_probabilities(self.trainer.backbone, self.examples, self.trainer.model, finite=False)
         loss = log_loss(log_p, self.examples)
         self.held_out[step], self.held_out_log_p[step] = loss, log_p
         if len(self.held_out) > 1:
@@ -413,6 +485,7 @@ def _arguments(
         weight_decay=settings.weight_decay,
         logging_strategy="steps" if folder or progress else "no",
         logging_steps=max(1, steps // 50),
+        logging_nan_inf_filter=False,  # or the losses of a run that has diverged would look like those before
         save_strategy="steps" if folder else "no",
         save_steps=max(1, steps // 5),
         save_total_limit=2,
@@ -420,7 +493,7 @@ def _arguments(
         seed=settings.seed,
         data_seed=settings.seed,
         remove_unused_columns=False,
-        dataloader_pin_memory=backbone.device.type == "cuda",
+        dataloader_pin_memory=False,  # batches are collated on the backbone's device, and only CPU tensors can be pinned
         use_cpu=backbone.device.type == "cpu",
         disable_tqdm=True,
     )
@@ -434,8 +507,10 @@ def _keep_quiet(trainer: MixtureTrainer, progress: bool) -> None:
         trainer.add_callback(RichProgress())
 
 
-def _has_checkpoint(folder: str | Path | None) -> bool:
-    return folder is not None and any(Path(folder).glob("checkpoint-*"))
+def _check_saved(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
+    """:func:`check_tensors`, but for an infinite α: that of a weight of exactly 0 or 1."""
+    finite = {n: t.masked_fill(t.isinf(), 0) if n == ALPHA else t for n, t in saved.items()}
+    check_tensors({n: tuple(p.shape) for n, p in live.items()}, finite, where)
 
 
 def settings_dict(settings: TrainSettings) -> dict[str, Any]:
