@@ -93,9 +93,7 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="Go on from the last checkpoint of this very run in --log-dir.", rich_help_panel=_TRAINING
-        ),
+        typer.Option("--resume", help="Go on from this run's last checkpoint in --log-dir.", rich_help_panel=_TRAINING),
     ] = False,
 ) -> None:
     """Train an expert for a task and save it into the pool: a small adapter on a backbone that stays frozen.

@@ -21,7 +21,7 @@ from pituning.errors import DataError, PituningError, RefusedError, unknown_name
 from pituning.example import Box, Example
 from pituning.experts.expert import Expert
 from pituning.methods.attach import attached
-from pituning.metrics.registry import Answers, Metric, metric_named, metric_names
+from pituning.metrics.registry import FITTING, Answers, Metric, metric_named, metric_names
 from pituning.tasks.task import Task
 from pituning.training.module import MixtureModel
 
