@@ -30,7 +30,8 @@ from pituning.training.precision import PRECISIONS, has_fast_bf16, precision
 PAGE = Path("docs/transfer.md")
 FIGURES = Path("benchmarks/figures/transfer")
 ROUNDED = "bf16-weights"
-"""A precision: the frozen weights rounded to bfloat16 and computed in it, the experts' in float32 and without autocast."""
+"""A precision: the frozen weights rounded to bfloat16 and computed in it, without autocast; an expert is held and trained in
+float32, and rounded where it runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
