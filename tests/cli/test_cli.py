@@ -204,6 +204,8 @@ class TestErrors:
             ["interpolate", "sst2", "--init", "0.5,half"],
             ["interpolate", "sst2", "--experts", "a,,b"],
             ["interpolate", "sst2", "--include-own", "yes"],
+            ["interpolate", "sst2", "--soup", "score"],
+            ["interpolate", "sst2", "--diversity", "0.5"],
             ["run", "a.yaml", "--seeds", "0,one"],
             ["pool", "show"],
         ],

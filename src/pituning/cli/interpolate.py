@@ -150,6 +150,8 @@ def interpolate(
     names = comma_separated("--experts", experts)
     if include_own == "yes" and choice.own is None:
         raise typer.BadParameter("--include-own yes needs --own EXPERT")
+    looked_at = selection.select in ("greedy", "auto")  # the others' choice is not to be questioned
+    selection.require_effect("top-k", checked=looked_at)
     target = source.load(task)
     with output.status(f"loading {model.backbone}"):
         from pituning.training.crossfit import Search
@@ -161,7 +163,7 @@ def interpolate(
         backbone = model.load()
     with output.status(f"comparing experts with {task}"):
         ranking = choice.rank(backbone, target, experts_pool, own, data=source.data, among=names)
-    checked = target if selection.select in ("greedy", "auto") else None  # the others' choice is not to be questioned
+    checked = target if looked_at else None
     with output.status("selecting experts"):
         most = len(names) if selection.select is None else None
         selected = selection.choose(ranking, backbone, checked, most=most or None)
