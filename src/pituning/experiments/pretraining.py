@@ -35,6 +35,7 @@ from pituning.example import Example
 from pituning.experiments.cells import write_json
 from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.tasks import pretraining_task
+from pituning.training.checkpoints import checkpoints, require_folder, steps_of
 from pituning.training.progress import RichProgress
 
 INFILLING = "infilling"
@@ -165,11 +166,10 @@ def pretrain(
             steps already, or were made with other settings; they are named.
     """
     folder = Path(folder or recipe.output)
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    if checkpoints and not resume:
-        raise RefusedError(f"{folder} holds {checkpoints[-1].name}: go on from it with resume, or take another folder")
-    if checkpoints:
-        _require_same_run(recipe, folder, checkpoints[-1].name, steps)
+    require_folder(folder, resume)
+    found = checkpoints(folder)
+    if found:
+        _require_same_run(recipe, folder, found[-1], steps)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECIPE_FILE, recipe.model_dump(mode="json"))
     model, processor = build(recipe)
@@ -181,7 +181,7 @@ def pretrain(
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     if progress:
         trainer.add_callback(RichProgress())
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     record = {
         "recipe": recipe.model_dump(mode="json"), "steps": trainer.state.global_step,
         "examples": trainer.state.global_step * recipe.batch_size, "seconds": round(log.seconds()),
@@ -191,13 +191,13 @@ def pretrain(
     return record
 
 
-def _require_same_run(recipe: PretrainRecipe, folder: Path, checkpoint: str, stop_after: int | None) -> None:
+def _require_same_run(recipe: PretrainRecipe, folder: Path, checkpoint: Path, stop_after: int | None) -> None:
     """A folder of an earlier version does not say what its run was begun with."""
-    taken = int(checkpoint.rpartition("-")[2])
+    taken = steps_of(checkpoint)
     if stop_after is not None and stop_after <= taken:
         raise RefusedError(
-            f"{folder} holds {checkpoint}, and the run is to stop after {stop_after} steps: give more than {taken}, or leave "
-            f"the number out to go on to the end ({recipe.steps})"
+            f"{folder} holds {checkpoint.name}, and the run is to stop after {stop_after} steps: give more than {taken}, or "
+            f"leave the number out to go on to the end ({recipe.steps})"
         )
     path = folder / RECIPE_FILE
     if not path.is_file():
@@ -209,8 +209,8 @@ def _require_same_run(recipe: PretrainRecipe, folder: Path, checkpoint: str, sto
     said = recipe.shaped(taken)
     if other := [f"{name} {begun[name]}, the recipe says {said[name]}" for name in said if begun[name] != said[name]]:
         raise RefusedError(
-            f"{folder} holds {checkpoint} of a run with {'; '.join(other)}: go on with the settings in {path}, or take another "
-            "folder"
+            f"{folder} holds {checkpoint.name} of a run with {'; '.join(other)}: go on with the settings in {path}, or take "
+            "another folder"
         )
 
 

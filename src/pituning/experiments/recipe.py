@@ -11,10 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pituning.data.fewshot import stratified_folds
-from pituning.errors import MissingDependencyError, PituningError, RecipeError, UnknownNameError, unknown_name
+from pituning.errors import PituningError, RecipeError, UnknownNameError, unknown_name
 from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.experiments.table_recipe import TableRecipe, missing_backbone
-from pituning.metrics.registry import metric_named
+from pituning.metrics.registry import lacking
 from pituning.tasks.task import Task, load_task
 
 ARMS = {
@@ -166,7 +166,7 @@ class Recipe(_Strict):
             shown = bool(self.gallery) and name in (self.target, *self.gallery_tasks)
             wanted = ("train", "test") if scored or shown else ("train",)
             found += [f"task {name!r}: no split {split!r}" for split in wanted if not task.splits.get(split)]
-            found += _missing_for_metrics(task) if scored else []
+            found += [f"task {name!r}: {what}" for what in lacking((task.metric, *task.more_metrics))] if scored else []
             if shown and task.splits.get("test") and task.split("test")[0].image is None:
                 found.append(f"gallery: task {name!r} has no pictures")
         target = tasks.get(self.target)
@@ -187,16 +187,6 @@ class Recipe(_Strict):
         shown = {"title", "draws", "training_seeds", "arms", "ceiling", "gallery", "gallery_tasks", "output"}
         values = self.model_dump(mode="json", exclude=shown)
         return hashlib.sha256(repr((sorted(values.items()), *found)).encode()).hexdigest()[:10]
-
-
-def _missing_for_metrics(task: Task) -> list[str]:
-    missing = []
-    for name in dict.fromkeys((task.metric, *task.more_metrics)):
-        try:
-            metric_named(name).require()
-        except MissingDependencyError as error:
-            missing.append(f"task {task.name!r}: {error}")
-    return missing
 
 
 def load_recipe(path: str | Path) -> Recipe | TableRecipe | PretrainRecipe:

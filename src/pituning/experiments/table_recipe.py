@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pituning.errors import MissingDependencyError, PituningError, unknown_name
-from pituning.metrics.registry import FITTING, metric_named, metric_names
+from pituning.errors import PituningError, unknown_name
+from pituning.metrics.registry import FITTING, lacking, metric_named, metric_names
 from pituning.training.trainer import TrainSettings
 
 Stage = Literal["experts", "fisher", "interpolation"]
@@ -198,18 +198,17 @@ class TableRecipe(_Strict):
             boxes = metric_named(task.metric).answers == "box"
             fitting = FITTING["box" if boxes else "choice" if task.choices else "text"]
             columns = [column.partition(":")[2] for column in section.evaluate]
-            for metric in map(metric_named, dict.fromkeys((task.metric, *task.more_metrics, *filter(None, columns)))):
-                if metric.answers not in fitting:
-                    others = " or ".join(other for answers in fitting for other in metric_names(answers))
-                    missing.append(
-                        f"tasks.{name}.evaluate: metric {metric.name!r} compares answers of the kind {metric.answers!r}, "
-                        f"which are not the task's; it may be {others}"
-                    )
-                    continue
-                try:
-                    metric.require()
-                except MissingDependencyError as error:
-                    missing.append(f"task {name!r}: {error}")
+            metrics = [
+                metric_named(m) for m in dict.fromkeys((task.metric, *task.more_metrics, *filter(None, columns)))
+            ]
+            others = " or ".join(other for answers in fitting for other in metric_names(answers))
+            missing += [
+                f"tasks.{name}.evaluate: metric {metric.name!r} compares answers of the kind {metric.answers!r}, "
+                f"which are not the task's; it may be {others}"
+                for metric in metrics
+                if metric.answers not in fitting
+            ]
+            missing += [f"task {name!r}: {what}" for what in lacking(m.name for m in metrics if m.answers in fitting)]
             wanted = {"train", *(column.split(":")[0] for column in section.evaluate)}
             missing += [f"task {name!r}: no split {split!r}" for split in sorted(wanted) if not task.splits.get(split)]
         return missing

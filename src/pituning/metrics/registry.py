@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pituning.errors import unknown_name
+from pituning.errors import MissingDependencyError, unknown_name
 from pituning.metrics import boxes, captions, classification, scenes, summaries, text, vqa
 
 Answers = Literal["choice", "box", "text", "references", "soft"]
@@ -58,6 +58,17 @@ def metric_named(name: str) -> Metric:
     if name not in _METRICS:
         raise unknown_name("metric", name, _METRICS)
     return _METRICS[name]
+
+
+def lacking(names: Iterable[str]) -> list[str]:
+    """What metrics of these names need that is not there, as messages; each name counts once."""
+    found = []
+    for name in dict.fromkeys(names):
+        try:
+            metric_named(name).require()
+        except MissingDependencyError as error:
+            found.append(str(error))
+    return found
 
 
 def metric_names(answers: Answers) -> list[str]:
