@@ -23,7 +23,7 @@ if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pituning as pt
-from benchmarks.draws import LIMIT, draw_options, drawn, opened
+from benchmarks.draws import LIMIT, draw_options, drawn, opened, run
 from pituning.similarity.select import rank_experts
 from pituning.training.crossfit import CrossFit, Search
 from pituning.training.evaluation import evaluate
@@ -89,4 +89,4 @@ def _once(found: dict[str, CrossFit], name: str, compute: Callable[[], CrossFit]
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

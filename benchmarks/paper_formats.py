@@ -37,6 +37,7 @@ from pituning.backbones.ofa import OFABackbone, OFAProcessor
 from pituning.example import Box, Example
 from pituning.metrics.boxes import intersection_over_union
 from pituning.tasks import Task, load_task
+from pituning.training.checkpoints import checkpoints
 from pituning.training.precision import precision
 
 TASKS = ("refcoco", "vqa", "snli_ve", "snli_ve-premise")
@@ -233,9 +234,7 @@ def measure(data: Path, work: Path, names: Sequence[str]) -> list[dict[str, Any]
         trained = pituning("train", name, *where, *SETTINGS, "--epochs", EPOCHS[name], "--log-dir", logs)
         seconds = time.perf_counter() - start
         task = load_task(name, data=data)
-        state = json.loads(
-            sorted(logs.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name[11:]))[-1].read_text()
-        )
+        state = json.loads((checkpoints(logs)[-1] / "trainer_state.json").read_text())
         curve = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
         for split in TESTS[name]:
             found = pituning("eval", name, trained["name"], *where, "--split", split)

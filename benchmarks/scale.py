@@ -21,7 +21,7 @@ from pathlib import Path
 if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.draws import LIMIT, draw_options, drawn, opened
+from benchmarks.draws import LIMIT, draw_options, drawn, opened, run
 from benchmarks.warm import warm_started
 from pituning.backbones import Backbone
 from pituning.example import Example
@@ -96,4 +96,4 @@ def _times(expert: Expert, scale: float) -> Expert:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from benchmarks.transfer.drawings import load_drawings
+from benchmarks.transfer.setting import recipe_of
 from benchmarks.transfer.suites import SUITES
 from pituning.data.images import open_image
 from pituning.errors import DataError
+from pituning.experiments.recipe import Recipe
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(
@@ -77,3 +79,13 @@ def test_neither_is_its_own_source_or_a_development_target() -> None:
     suite = SUITES["drawings"]
     assert set(suite.report) == {"nlvr", "easy_vqa"} <= set(suite.sources)
     assert suite.development == ()
+
+
+def test_their_arms_have_settings() -> None:
+    """Recipes know neither of them, and the settings of all other suites' targets are valid recipes."""
+    for suite in SUITES.values():
+        for target in suite.targets:
+            recipe = recipe_of(suite, target, 1)
+            assert target not in recipe.pool.tasks
+            if suite.name != "drawings":
+                assert Recipe.model_validate(recipe.model_dump()) == recipe

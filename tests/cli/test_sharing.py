@@ -16,6 +16,7 @@ from transformers import BertModel
 from pituning.backbones import load_backbone
 from pituning.cli.train import _typed
 from pituning.experts import Expert, ExpertPool
+from pituning.experts.sharing import push
 from tests.cli.test_cli import error, run, run_json
 from tests.conftest import BackboneOf, RandomExpert
 
@@ -113,6 +114,16 @@ def test_push_and_pull(pool: ExpertPool, tmp_path: Path) -> None:
     )
 
 
+def test_a_push_to_the_hub_takes_the_place_of_an_earlier_one(pool: ExpertPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it stays, such as an embedding that the new one does not have."""
+    sent: dict[str, object] = {}
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **options: sent.update(options))
+    assert push(pool, "word_tone", "someone/experts") == "someone/experts/word_tone"
+    assert sent["path_in_repo"] == "word_tone"
+    assert sent["delete_patterns"] == sent["allow_patterns"]
+
+
 @pytest.mark.parametrize(
     ("options", "kind"),
     [
@@ -168,6 +179,7 @@ def test_settings_of_a_method(pool: ExpertPool, bert: Path, data: Path, tmp_path
     ("name", "text", "value"),
     [("use_rslora", "False", False), ("use_rslora", "TRUE", True), ("layers_to_transform", "None", None),
      ("bias", "none", "none"), ("init_lora_weights", "pissa_niter_4", "pissa_niter_4"), ("lora_dropout", "0", 0),
+     ("lora_dropout", ".1", 0.1), ("r", "1e1", 10), ("lora_alpha", "16.0", 16), ("lora_alpha", "0.5", 0.5),
      ("target_modules", "query", "query"), ("alpha_pattern", '{"query": 3}', {"query": 3})],
 )  # fmt: skip
 def test_a_setting_is_read_as_its_fields_type(name: str, text: str, value: object) -> None:

@@ -123,3 +123,13 @@ def test_a_class_without_examples_is_named(message: Any) -> None:
     assert "class 'class 2' has only 0 examples" in message(draw_shots, pool, 4, 0)
     graded = [replace(e, answers=((e.target, 1.0),)) for e in pool]
     assert len(draw_shots(graded, 4, 0)) == 4
+
+
+def test_questions_without_an_answer_are_no_classes() -> None:
+    """Their choices are those of the whole data set, and no answer of theirs may be given."""
+    pool = [
+        Example(f"t/{i}", ("x",), "p", a, ("red", "blue", "green"), answers=((a, 1.0),))
+        for i, a in enumerate(["red", "blue"])
+    ]
+    unanswered = Example("t/2", ("x",), "p", "", ("red", "blue", "green"))
+    assert {e.id for e in draw_shots([*pool, unanswered], 2, 0)} == {"t/0", "t/1"}

@@ -35,6 +35,15 @@ def test_the_three_formats_give_the_same_rows(tmp_path: Path, name: str) -> None
     ]
 
 
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path, name: str) -> None:
+    plain, marked = write(tmp_path, name, CONTENT[name]), write(tmp_path, f"marked{name}", f"\ufeff{CONTENT[name]}")
+    assert first_columns(marked) == first_columns(plain)
+    assert [row for _, row in read_table(marked, ["id"][: name != "a.jsonl"])] == [
+        row for _, row in read_table(plain, ["id"][: name != "a.jsonl"])
+    ]
+
+
 def test_tsv_knows_no_quotes_and_only_newlines_end_a_line(tmp_path: Path) -> None:
     path = write(tmp_path, "a.tsv", 'text\tlabel\r\n"half a quote\t0\r\nform\x0cfeed\u2028and more\t1\n')
     assert [r["text"] for _, r in read_table(path, COLUMNS)] == ['"half a quote', "form\x0cfeed\u2028and more"]

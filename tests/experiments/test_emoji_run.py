@@ -120,7 +120,9 @@ def test_experts_of_another_number_of_examples_are_not_taken_for_those_asked_for
     task = replace(task, splits={"train": task.split("train", 4)})
     expert = pt.train_expert(pt.load_backbone(str(backbone)), task, "bottleneck", settings=pt.TrainSettings(steps=1))
     pt.ExpertPool(tmp_path / "pool").add(expert)
-    with pytest.raises(RecipeError, match="'refemoji-small' was trained on 4 examples, the recipe says 12"):
+    with pytest.raises(
+        RecipeError, match=r"'refemoji-small' was trained with epochs 3, .*; examples 4, the recipe says 12"
+    ):
         run(recipe, tmp_path, backbone)
     for said, found in (
         ({"epochs": 1}, "epochs 3, the recipe says 1"),
@@ -207,3 +209,15 @@ class TestNotebook:
         assert names["found"].expert.card.task == "refemojig-small"
         assert pt.Expert.load(tmp_path / "refemojig-pi").name == names["found"].expert.name
         assert "π: " in capsys.readouterr().out
+
+
+def test_experts_of_another_method_are_not_taken_for_the_recipes(
+    recipe: dict[str, Any], backbone: Path, small: None, tmp_path: Path
+) -> None:
+    task = pt.load_task("refemoji-small")
+    expert = pt.train_expert(pt.load_backbone(str(backbone)), task, "bitfit", settings=pt.TrainSettings(steps=1))
+    pt.ExpertPool(tmp_path / "pool").add(expert)
+    with pytest.raises(
+        RecipeError, match="'refemoji-small' was trained with method bitfit, the recipe says bottleneck"
+    ):
+        run(recipe, tmp_path, backbone)

@@ -296,6 +296,17 @@ class TestKeptExperts:
         ):
             run_table(one, progress=False)
 
+    def test_what_a_named_blend_does_not_depend_on_may_change(self, one: TableRecipe) -> None:
+        """Named experts are not cut off at ``top``, and have no order."""
+        assert one.interpolation is not None
+        named = one.tasks["glue-cola"].model_copy(update={"experts": ("glue-sst2",)})
+        recipe = one.model_copy(update={"tasks": {**one.tasks, "glue-cola": named}})
+        run_table(recipe, progress=False)
+        three = recipe.model_copy(update={"interpolation": one.interpolation.model_copy(update={"top": 3})})
+        run_table(three, tasks=["glue-cola"], progress=False)
+        with pytest.raises(RecipeError, match="'glue-sst2-pi' was made with top 1, the recipe says 3"):
+            run_table(three, tasks=["glue-sst2"], progress=False)
+
     def test_named_experts_must_be_there_before_anything_runs(self, one: TableRecipe, tmp_path: Path) -> None:
         named = one.tasks["glue-cola"].model_copy(update={"experts": ("glue-sst2", "glue-mrpc")})
         recipe = one.model_copy(update={"tasks": {**one.tasks, "glue-cola": named}})
@@ -323,6 +334,26 @@ class TestKeptExperts:
         run_table(recipe, stages=["interpolation"], progress=False)
         lineage = [{parent["name"] for parent in pool.load(f"glue-{t}-pi").card.lineage} for t in ("cola", "sst2")]
         assert lineage == [{f"glue-{t}-lora" for t in ts} for ts in (("rte", "cola"), ("cola", "rte", "sst2"))]
+
+    def test_own_experts_must_be_there_before_anything_runs(self, one: TableRecipe) -> None:
+        run_table(one, stages=["experts"], tasks=["glue-cola"], progress=False)
+        with pytest.raises(
+            RecipeError, match=r"tasks\.glue-sst2: there is no expert 'glue-sst2-bottleneck' of its own"
+        ):
+            run_table(one, stages=["interpolation"], progress=False)
+        assert not (Path(one.pool) / "glue-cola-pi").exists()
+
+    def test_data_of_experts_to_embed_must_be_there_before_anything_runs(
+        self, small: TableRecipe, tmp_path: Path
+    ) -> None:
+        run_table(small, stages=["experts"], tasks=["glue-sst2"], progress=False)
+        for split in ("train", "dev"):
+            (tmp_path / "data" / "glue_data" / f"sst2_{split}.tsv").unlink()
+        with pytest.raises(
+            RecipeError, match=r"expert 'glue-sst2-bottleneck' of .* is to be embedded: task 'glue-sst2'"
+        ):
+            run_table(small, tasks=["glue-cola"], progress=False)
+        assert ExpertPool(tmp_path / "experts").names() == ["glue-sst2-bottleneck", "glue-sst2-lora"]
 
     def test_full_data_experts_go_into_the_pool_and_blends_beside_it(self, one: TableRecipe, tmp_path: Path) -> None:
         run_table(one.model_copy(update={"own": str(tmp_path / "own")}), progress=False)
@@ -353,6 +384,19 @@ class TestCells:
         pool.add(blended.with_card(lineage=()), "glue-sst2-lora-again")
         run_table(table, tasks=["glue-cola"], stages=["interpolation"], progress=False)
         assert len(measured) == 3
+
+    def test_are_measured_again_where_the_data_have_grown(self, small: TableRecipe) -> None:
+        recipe = small.model_copy(update={"interpolation": None, "methods": {"lora": small.methods["lora"]}})
+        run_table(recipe, tasks=["glue-cola"], progress=False)
+        (cell,) = (Path(small.output) / "cells").glob("glue-cola.lora.*")
+        assert json.loads(cell.read_text())["examples"] == {"test": 6}
+        before = cell.stat().st_mtime_ns
+        run_table(recipe, tasks=["glue-cola"], progress=False)
+        assert cell.stat().st_mtime_ns == before
+        with (Path(str(small.data)) / "glue_data" / "cola_dev.tsv").open("a") as file:
+            file.write("grand\t1\n")
+        run_table(recipe, tasks=["glue-cola"], progress=False)
+        assert json.loads(cell.read_text())["examples"] == {"test": 7}
 
     def test_depend_on_backbone_precision_and_expert(
         self, small: TableRecipe, t5: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -624,3 +624,15 @@ class TestHalfPrecision:
         expert = replace(expert, tensors={k: t.bfloat16() for k, t in expert.tensors.items()})
         mixture, _ = build_mixture([expert], train="none")
         assert all(torch.equal(t, expert.tensors[k]) and t.dtype == torch.bfloat16 for k, t in mixture().items())
+
+
+@pytest.mark.parametrize("train", TRAIN_MODES)
+def test_under_autocast_nothing_is_rounded(bert: Backbone, random_experts: Any, train: str) -> None:
+    experts = random_experts(bert, "bottleneck", 3, 0)
+    expected, _ = build_mixture(experts, [0.2, 0.3, 0.5], train=train)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixture, _ = build_mixture(experts, [0.2, 0.3, 0.5], train=train)
+        found = mixture()
+    assert {p.dtype for p in mixture.parameters()} == {torch.float32}
+    for key, tensor in expected().items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=0)

@@ -277,6 +277,9 @@ class TestProjection:
         assert torch.equal(attached_loss(backbone, plain, examples), attached_loss(backbone, expert, examples))
         plain.verify(backbone)
         assert folded(config, tensors) == (config, tensors), "a plain prefix stays as it is"
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = folded(expert.config, expert.tensors)[1]
+        assert all(torch.equal(rounded[key], tensor) for key, tensor in tensors.items()), "autocast rounds nothing"
 
     def test_a_missing_part_is_named(self, ofa: Backbone, random_expert: Any) -> None:
         expert = random_expert(ofa, "prefix", 1, projection=True)

@@ -25,6 +25,7 @@ from pituning.training.evaluation import (
     predict,
 )
 from pituning.training.module import running
+from pituning.training.starts import calibrated_loss
 
 
 def by_hand(backbone: Backbone, examples: Any) -> np.ndarray:
@@ -136,7 +137,9 @@ class TestNoNumbers:
         monkeypatch.setattr(backbone, method, changed)
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])
-    def test_scores(self, bert: Backbone, make_task: Any, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    def test_scores(
+        self, bert: Backbone, make_task: Any, random_expert: Any, monkeypatch: pytest.MonkeyPatch, value: float
+    ) -> None:
         task = make_task(tests=5)
         self.broken(bert, monkeypatch, task.split("test")[3].texts, value, "score")
         wanted = "scores of example 'target/test/3' are NaN or infinite"
@@ -145,6 +148,9 @@ class TestNoNumbers:
                 call(bert, None, task)
         with pytest.raises(PituningError, match=wanted):
             log_probabilities(bert, task.split("test"))
+        expert = random_expert(bert, "lora", 1, name="mine")
+        with pytest.raises(PituningError, match=f"expert 'mine': the model's {wanted}"):
+            calibrated_loss(bert, expert, task.split("test"))
         rows = log_probabilities(bert, task.split("test"), finite=False)
         assert rows.isnan().any(1).tolist() == [False, False, False, True, False]
 

@@ -240,7 +240,7 @@ class TestResume:
         mixture, config = make(bert, random_experts(bert, "bottleneck", 2, 9), "experts")
         fit(bert, mixture, config, examples, BATCHES.with_(steps=5), folder=tmp_path)
         other, config = make(bert, random_experts(bert, "bottleneck", 3, 9), "experts")
-        with pytest.raises(RefusedError, match=r"checkpoint-5 of another run(?s:.*)start: tensors was"):
+        with pytest.raises(RefusedError, match=r"checkpoint-5 of another run(?s:.*)tensors of the start"):
             fit(bert, other, config, examples, BATCHES.with_(steps=6), folder=tmp_path, resume=True)
 
     def test_a_damaged_checkpoint_is_refused(
@@ -262,10 +262,11 @@ class TestResume:
         [
             ("rate", "settings: learning_rate was 0.01, and is 0.02"),
             ("seed", "settings: seed was 0, and is 1"),
-            ("start", "start: tensors was"),
+            ("start", "tensors of the start"),
             ("text", "training examples: hash was"),
             ("held-out", "held-out examples: count was 0, and is 3"),
             ("backbone", "backbone: fingerprint was"),
+            ("length", "backbone: max_length was 128, and is 8"),
             ("configuration", 'adapter configuration: activation was "relu", and is "gelu"'),
         ],
     )
@@ -289,6 +290,8 @@ class TestResume:
             held_out = random_examples(3, 10)
         elif change == "backbone":
             monkeypatch.setattr(bert, "fingerprint", "another")
+        elif change == "length":
+            monkeypatch.setattr(bert, "max_length", 8)
         other, config = make(bert, experts, "experts")
         if change == "configuration":
             config["activation"] = "gelu"
@@ -340,6 +343,52 @@ class TestResume:
                 bert, mixture, config, examples, settings.with_(steps=4),
                 held_out=held_out, folder=tmp_path / "a", resume=True,
             )  # fmt: skip
+
+    def test_a_run_may_end_at_its_checkpoint(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+    ) -> None:
+        """Whose step is none at which it was measured."""
+        experts, examples, held_out = (
+            random_experts(bert, "bottleneck", 2, 9),
+            random_examples(8, 9),
+            random_examples(4, 8),
+        )
+        settings = BATCHES.with_(schedule="constant", warmup=0.0, eval_every=4, steps=5)
+        mixture, config = make(bert, experts, "experts")
+        fit(bert, mixture, config, examples, settings, held_out=held_out, folder=tmp_path)
+        checkpoint = tmp_path / "checkpoint-5"
+        record = json.loads((checkpoint / "history.json").read_text())
+        loss = record["held_out"].pop("5", None)
+        (checkpoint / "history.json").write_text(json.dumps(record))
+        again, config = make(bert, experts, "experts")
+        found = fit(bert, again, config, examples, settings, held_out=held_out, folder=tmp_path, resume=True)
+        assert found.end_step == 5
+        assert found.held_out[5] == pytest.approx(loss)
+
+    def test_roundings_of_another_machine_make_no_other_run(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+    ) -> None:
+        experts, examples = random_experts(bert, "bottleneck", 2, 9), random_examples(8, 9)
+        for train in ("experts", "merge-then-tune"):
+            for steps, weights in ((2, [0.4, 0.6]), (3, [0.4 + 1e-6, 0.6 - 1e-6])):
+                mixture, config = build_mixture(experts, weights, train=train)
+                fit(bert, mixture, config, examples, BATCHES.with_(steps=steps), folder=tmp_path / train, resume=True)
+            other, config = build_mixture(experts, [0.41, 0.59], train=train)
+            with pytest.raises(RefusedError, match="tensors of the start"):
+                fit(bert, other, config, examples, BATCHES.with_(steps=4), folder=tmp_path / train, resume=True)
+
+    def test_under_autocast_it_is_another_run(
+        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+    ) -> None:
+        experts, examples = random_experts(bert, "bottleneck", 2, 9), random_examples(8, 9)
+        mixture, config = make(bert, experts, "experts")
+        fit(bert, mixture, config, examples, BATCHES.with_(steps=2), folder=tmp_path)
+        again, config = make(bert, experts, "experts")
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(RefusedError, match=r'backbone: autocast was null, and is "torch\.bfloat16"'),
+        ):
+            fit(bert, again, config, examples, BATCHES.with_(steps=3), folder=tmp_path, resume=True)
 
     def test_a_weight_of_zero_is_resumed(
         self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path

@@ -19,7 +19,7 @@ from pituning.experts.expert import Expert
 from pituning.interpolation.build import is_lora, lora_factors, on_cpu
 from pituning.similarity.measures import delta_inner
 from pituning.tasks.task import Task
-from pituning.training.evaluation import log_loss, log_probabilities
+from pituning.training.evaluation import mean_log_loss
 from pituning.training.module import running
 from pituning.training.progress import progress_bar
 
@@ -186,7 +186,7 @@ def _loss(
     """Mean log-loss; far outside the experts it may be NaN, unless it has to be ``finite``."""
     mixture, config = affine_mixture(experts, weights)
     with running(backbone, mixture, config) as model:
-        return log_loss(log_probabilities(backbone, examples, model, finite=finite), examples)
+        return mean_log_loss(backbone, examples, model, finite=finite)
 
 
 def _tuples(tensor: Tensor) -> Any:

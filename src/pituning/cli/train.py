@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pituning.training.trainer import TrainSettings
 
 _METHOD, _TRAINING = "Method", "Training"
+_REAL = ("lora_alpha",)
+"""Settings that are ints by their annotation in PEFT, and may be any number."""
 _CONSTANTS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -118,13 +121,13 @@ def train(
         from pituning.experts.importing import known_settings
         from pituning.methods import make_config
         from pituning.methods import peft_config as known_config
-        from pituning.methods.presets import method_of
+        from pituning.methods.presets import config_type, method_of
+        from pituning.training.checkpoints import checkpoints
         from pituning.training.train_expert import train_expert
 
         backbone = model.load()
         if peft_config is None:
-            kind = type(make_config(method, backbone, target_modules=[""]))
-            config = make_config(method, backbone, **_typed(options, get_type_hints(kind)))
+            config = make_config(method, backbone, **_typed(options, get_type_hints(config_type(method))))
         else:
             config = known_config(known_settings(read_config(peft_config), peft_config))
         folder = saving.destination(pool, default, task=task, method=method_of(config), blended=False)
@@ -135,7 +138,7 @@ def train(
         "label_smoothing": label_smoothing,
     }
     settings = _settings(target, steps, epochs, {name: value for name, value in changes.items() if value is not None})
-    if resume and log_dir is not None and not any(log_dir.glob("checkpoint-*")):
+    if resume and log_dir is not None and not checkpoints(log_dir):
         output.note(f"no checkpoint in {log_dir}: starting from the beginning")
     searching = settings is None and target.shots is not None
     with output.status("finding learning rate and steps by cross-fitting") if searching else nullcontext():
@@ -174,10 +177,12 @@ def _method_settings(given: Sequence[str]) -> dict[str, str]:
 
 
 def _typed(settings: Mapping[str, str], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Texts as the values that the fields of a configuration take: JSON, True, False and None in any case, or a word."""
+    """Texts as the values that a configuration's fields take: JSON, a number, True, False and None in any case, or a word."""
     typed: dict[str, Any] = {}
+    hints = {**hints, **{name: float for name in _REAL if hints.get(name) is int}}
     for name, text in settings.items():
-        readings = [*_json(text), *(value for word, value in _CONSTANTS.items() if word == text.lower())]
+        constants = (value for word, value in _CONSTANTS.items() if word == text.lower())
+        readings = [*_json(text), *_number(text), *constants]
         if not any(isinstance(value, list | dict) for value in readings):
             readings.append(text)
         hint = hints.get(name, Any)
@@ -195,6 +200,17 @@ def _json(text: str) -> list[Any]:
         return [json.loads(text)]
     except json.JSONDecodeError:
         return []
+
+
+def _number(text: str) -> list[float]:
+    """A number as Python writes it (``.1``, ``1e1``), alone in a list, as an int where it is whole; else an empty list."""
+    try:
+        value = float(text)
+    except ValueError:
+        return []
+    if not math.isfinite(value):
+        return []
+    return [int(value) if value.is_integer() else value]
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -67,7 +67,7 @@ def _by_class(examples: Sequence[Example]) -> dict[str, list[tuple[str, int]]]:
     classes: dict[str, list[tuple[str, int]]] = defaultdict(list)
     choices: tuple[str, ...] = ()
     for index, example in enumerate(examples):
-        if example.choices != choices and not example.answers:
+        if example.target and example.choices != choices and not example.answers:
             choices = example.choices
             classes |= {choice: [] for choice in choices if choice not in classes}
         if example.target:

@@ -24,7 +24,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     """Read the named columns of a file.
 
     TSV files have a header and no quoting; CSV files have a header and standard quoting; JSONL files hold one object a
-    line, and a list of texts in it is joined by :data:`JOINT`. Encoding is UTF-8.
+    line, and a list of texts in it is joined by :data:`JOINT`. Encoding is UTF-8, with or without a byte order mark.
 
     Raises:
         DataError: names the file and the line of a row with the wrong number of columns, a missing column, a value that is no
@@ -61,7 +61,7 @@ def first_columns(path: Path) -> tuple[str, ...]:
     """Names of the columns that a file begins with: its header, or the keys of the first object of JSONL; empty without."""
     if not path.is_file() or path.suffix not in SUFFIXES:
         return ()
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         if path.suffix == ".csv":
             csv.field_size_limit(2**31 - 1)
             return tuple(next(csv.reader(file), ()))
@@ -110,7 +110,7 @@ def joined_text(value: Any, place: str) -> str:
 
 def _delimited(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     # only \n ends a TSV line: a stray carriage return or form feed is part of a sentence
-    with path.open(encoding="utf-8", newline="\n" if path.suffix == ".tsv" else "") as file:
+    with path.open(encoding="utf-8-sig", newline="\n" if path.suffix == ".tsv" else "") as file:
         if path.suffix == ".tsv":
             cells: Iterator[list[str]] = (line.rstrip("\r\n").split("\t") for line in file)
         else:
@@ -130,7 +130,7 @@ def _delimited(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -150,7 +150,7 @@ def pretrain(
     """Train all parameters by a recipe, and write a folder that :func:`pituning.load_backbone` reads.
 
     ``log.jsonl`` gets a line every ``log_every`` steps: the losses since the last one in nats per token, and
-    examples per second. Checkpoints lie beside it, and ``recipe.json`` keeps what the run was begun with.
+    examples per second. Checkpoints lie beside it, and ``recipe.json`` has the recipe of the last call.
 
     Args:
         folder: instead of the recipe's ``output``.

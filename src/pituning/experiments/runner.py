@@ -25,7 +25,7 @@ from pituning.errors import PituningError, RecipeError
 from pituning.example import Example
 from pituning.experiments.cells import write_json
 from pituning.experiments.controls import Draw, own_cache
-from pituning.experiments.kept import Only, state_of
+from pituning.experiments.kept import Only, differences, state_of
 from pituning.experiments.pretrain_recipe import PretrainRecipe
 from pituning.experiments.recipe import ARMS, Recipe, load_recipe
 from pituning.experiments.table_recipe import TableRecipe
@@ -164,20 +164,22 @@ def _train_pool(recipe: Recipe, backbone: Backbone, tasks: Mapping[str, Task], s
 
 
 def _require_as_the_recipe_says(recipe: Recipe, pool: ExpertPool, expert: Expert, examples: int) -> None:
-    """Refuse an expert of the pool that was trained otherwise than the recipe's file says.
+    """Refuse an expert of the pool that is of another method, or was trained otherwise than the recipe's file says.
 
     What the file leaves out, or the expert's card, is not compared: a pool may come from elsewhere.
     """
-    wanted = {"examples": examples, "epochs": recipe.pool.epochs, "learning_rate": recipe.pool.learning_rate}
-    for what, value in wanted.items():
-        if what not in recipe.pool.model_fields_set:
-            continue
-        if (found := expert.card.training.get(what, value)) != value:
-            said = f"{found} examples, the recipe says" if what == "examples" else f"{what} {found:g}, the recipe says"
-            raise RecipeError(
-                f"pool {pool.folder}: expert {expert.name!r} was trained {'on' if what == 'examples' else 'with'} {said} "
-                f"{value:g}; remove the expert's folder, or name another folder for the pool"
-            )
+    said = recipe.pool.model_dump(include={"epochs", "learning_rate"}, exclude_unset=True)
+    found = differences(expert, said, {})
+    if expert.card.method != recipe.method:
+        found.insert(0, f"method {expert.card.method}, the recipe says {recipe.method}")
+    had = expert.card.training.get("examples", examples)
+    if "examples" in recipe.pool.model_fields_set and had != examples:
+        found.append(f"examples {had}, the recipe says {examples}")
+    if found:
+        raise RecipeError(
+            f"pool {pool.folder}: expert {expert.name!r} was trained with {'; '.join(found)}; remove the expert's folder, or "
+            "name another folder for the pool"
+        )
 
 
 def _cells(

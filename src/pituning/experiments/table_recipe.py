@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pituning.errors import PituningError, unknown_name
-from pituning.metrics.registry import FITTING, lacking, metric_named, metric_names
+from pituning.metrics.registry import FITTING, answers_of, lacking, metric_named, metric_names
 from pituning.training.trainer import TrainSettings
 
 Stage = Literal["experts", "fisher", "interpolation"]
@@ -195,8 +195,7 @@ class TableRecipe(_Strict):
             except PituningError as error:
                 missing.append(str(error))
                 continue
-            boxes = metric_named(task.metric).answers == "box"
-            fitting = FITTING["box" if boxes else "choice" if task.choices else "text"]
+            fitting = FITTING[answers_of(task.metric, task.choices)]
             columns = [column.partition(":")[2] for column in section.evaluate]
             metrics = [
                 metric_named(m) for m in dict.fromkeys((task.metric, *task.more_metrics, *filter(None, columns)))

@@ -25,7 +25,7 @@ from pituning.experiments.table_recipe import BARE, PI, STAGES, Stage, TableReci
 from pituning.experts.expert import Expert, read_card
 from pituning.experts.pool import ExpertPool
 from pituning.problems import listed
-from pituning.similarity.embedding import pool_embedding
+from pituning.similarity.embedding import has_embedding, pool_embedding
 from pituning.similarity.select import rank_experts
 from pituning.similarity.zero_shot import most_similar
 from pituning.tasks.task import Task, load_task
@@ -48,7 +48,8 @@ def run_table(
     """Run stages of a table's recipe and write ``results.json``.
 
     An expert that is there is not trained again, and a figure that is there is kept as long as whatever it depends on is
-    the same: the expert, the backbone, the precision and the examples.
+    the same: the expert, the backbone, the precision, and which and how many examples it was measured on. What the data's
+    files hold is not compared.
 
     Args:
         output: instead of the recipe's own.
@@ -69,7 +70,7 @@ def run_table(
     if missing := recipe.missing_inputs(tasks):
         raise RecipeError(f"{recipe.title}: {len(missing)} input(s) are missing, nothing was run:{listed(missing)}")
     run = _Run(recipe, Path(output or recipe.output), tasks or tuple(recipe.tasks), progress)
-    if wrong := [*run.absent_experts(stages), *run.other_experts(stages)]:
+    if wrong := [*run.absent_experts(stages), *run.unembedded(stages), *run.other_experts(stages)]:
         raise RecipeError(f"{recipe.title}: {len(wrong)} problem(s) with experts, nothing was run:{listed(wrong)}")
     start = time.perf_counter()
     with precision(run.backbone, recipe.precision):
@@ -100,13 +101,21 @@ class _Run:
         return without_blends(self.pool)
 
     def absent_experts(self, stages: Sequence[Stage]) -> list[str]:
-        """Experts that a blend of this run names, and that neither are there nor are trained before it."""
-        if self.recipe.interpolation is None or "interpolation" not in stages:
+        """Experts that a blend of this run needs, and that neither are there nor are trained before it."""
+        section = self.recipe.interpolation
+        if section is None or "interpolation" not in stages:
             return []
         trained = {
             self.recipe.expert_name(n, m) for n in self.names for m in self.recipe.methods if "experts" in stages
         }
-        return [
+        own = {n: self.recipe.expert_name(n, section.method) for n in self.names}
+        absent = [
+            f"tasks.{task}: there is no expert {name!r} of its own in {self.own.folder} or {self.pool.folder}; run the stage "
+            "'experts' first"
+            for task, name in own.items()
+            if self._folder(self.recipe.blend_name(task)) is None and self._folder(name) is None and name not in trained
+        ]
+        return absent + [
             f"tasks.{task}.experts: there is no expert {name!r} in {self.pool.folder}; run the stage 'experts' for its task "
             "into that pool first, or name others"
             for task in self.names
@@ -144,14 +153,37 @@ class _Run:
 
     def fisher(self) -> None:
         """Stage 2: the embedding of every expert that stage 3 may choose."""
-        blend_section = self.recipe.interpolation
-        if blend_section is None:
+        section = self.recipe.interpolation
+        if section is None:
             return
         candidates = self.candidates
-        for name in candidates.names():
-            expert = candidates.load(name)
-            if expert.card.method == blend_section.method and expert.card.task in self.recipe.tasks:
-                pool_embedding(self.backbone, candidates, name, blend_section.reference, data=self.recipe.data)
+        for name in self._to_embed():
+            pool_embedding(self.backbone, candidates, name, section.reference, data=self.recipe.data)
+
+    def _to_embed(self) -> list[str]:
+        """The candidates that are there, as far as the blends of this run may choose them."""
+        recipe, section, pool = self.recipe, self.recipe.interpolation, self.candidates
+        assert section is not None
+        cards = {name: read_card(pool.folder / name) for name in pool.names()}
+        named = {e for n in self.names for e in recipe.named_experts(n)}
+        if all(recipe.named_experts(n) for n in self.names):
+            cards = {name: card for name, card in cards.items() if name in named}
+        return [name for name, card in cards.items() if card.method == section.method and card.task in recipe.tasks]
+
+    def unembedded(self, stages: Sequence[Stage]) -> list[str]:
+        """What lacks of the data of experts that are there and have to be embedded; tasks of this run are looked at before."""
+        section, found = self.recipe.interpolation, []
+        if section is None or "fisher" not in stages:
+            return []
+        for name in self._to_embed():
+            task = read_card(self.pool.folder / name).task
+            if task in self.names or has_embedding(self.pool, name, section.reference):
+                continue
+            try:
+                load_task(task, data=self.recipe.data)
+            except PituningError as error:
+                found.append(f"expert {name!r} of {self.pool.folder} is to be embedded: {error}")
+        return found
 
     def interpolation(self) -> None:
         """Stage 3: choose and blend, and the figures of the blends (and of zero-shot transfer)."""
@@ -276,9 +308,13 @@ class _Run:
         return found
 
     def _section(self, task: str) -> dict[str, Any]:
-        section = self.recipe.interpolation
+        """What of stage 3 shapes a task's blend besides its training: named experts are not ranked and cut off."""
+        section, named = self.recipe.interpolation, self.recipe.named_experts(task)
         assert section is not None
-        return {**section.model_dump(mode="json", exclude={"training"}), "experts": self.recipe.named_experts(task)}
+        idle = {"training"}
+        if named:
+            idle |= {"top"} if section.init == "similarity" else {"top", "kind", "reference"}
+        return {**section.model_dump(mode="json", exclude=idle), "experts": sorted(named)}
 
     def _differences(self, name: str, said: Mapping[str, Any]) -> list[str]:
         """Where an expert that is there was made otherwise than the recipe says, as one line."""
@@ -308,21 +344,20 @@ class _Run:
 
     def _measure(self, name: str, row: str, expert: Expert | None) -> None:
         """Keep the figures of an expert, or of the bare backbone, unless they are there."""
-        path = self._cell(name, row)
-        if path.is_file():
+        path, task = self._cell(name, row), self.task(name)
+        columns = _columns(self.recipe.tasks[name].evaluate)
+        sizes = {split: len(task.split(split)) for split, _, _ in columns}
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("examples", sizes) == sizes:
             return
         values: dict[str, float] = {}
-        task = self.task(name)
-        columns = _columns(self.recipe.tasks[name].evaluate)
         for split in dict.fromkeys(split for split, _, _ in columns):
             wanted = [(metric, column) for s, metric, column in columns if s == split]
             extra = [metric for metric, _ in wanted if metric]
             found = evaluate(self.backbone, expert, task, split, self.recipe.test_limit, metrics=extra)
             values |= {column: found.metrics[metric or found.metric] for metric, column in wanted}
         card = expert.card if expert is not None else None
-        write_json(
-            path, {"values": values, "expert": card and card.name, "lineage": list(card.lineage) if card else []}
-        )
+        lineage = list(card.lineage) if card else []
+        write_json(path, {"values": values, "examples": sizes, "expert": card and card.name, "lineage": lineage})
 
     def _cell(self, task: str, row: str) -> Path:
         """The file of a row's figures for a task; other settings, experts or circumstances have another one."""
@@ -330,12 +365,13 @@ class _Run:
         values = self.recipe.model_dump(
             mode="json", include={"data", "precision", "shots", "seed", "test_limit", "training"}
         )
-        values |= {"task": section.model_dump(mode="json", exclude={"published"}), "row": row}
+        values |= {"task": section.model_dump(mode="json", exclude={"published", "experts"}), "row": row}
         values |= {"backbone": self.backbone.fingerprint, "experts": self._behind(task, row)}
         if row in self.recipe.methods:
             values["method"] = self.recipe.methods[row].model_dump(mode="json")
         elif self.recipe.interpolation is not None:
-            values["interpolation"] = self.recipe.interpolation.model_dump(mode="json")
+            training = self.recipe.interpolation.training.model_dump(mode="json")
+            values["interpolation"] = {**self._section(task), "training": training}
         return self.cells / f"{task}.{row}.{digest_of(values)}.json"
 
     def _behind(self, task: str, row: str) -> dict[str, str]:

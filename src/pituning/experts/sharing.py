@@ -17,7 +17,8 @@ def push(pool: ExpertPool, name: str, target: str | Path, *, private: bool = Fal
 
     Args:
         target: a folder (anything that starts with ``.``, ``/`` or ``~``, or exists), or the id of a hub repository, which is
-            made if there is none. The expert is a sub-folder there, of its own name.
+            made if there is none. The expert is a sub-folder there, of its own name; in a hub repository, which keeps what was
+            there before as a revision, it takes the place of one of that name.
         private: of a repository that is made.
 
     Returns:
@@ -46,6 +47,7 @@ def push(pool: ExpertPool, name: str, target: str | Path, *, private: bool = Fal
             folder_path=source,
             path_in_repo=name,
             allow_patterns=_FILES,
+            delete_patterns=_FILES,  # or an embedding of an earlier version would stay beside the new tensors
             commit_message=f"Expert {name}",
         )
     except (HfHubHTTPError, OSError, ValueError) as error:

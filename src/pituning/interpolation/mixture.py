@@ -164,7 +164,11 @@ class ParameterMixture(Mixture):
             return stack[0]
         row = weights[group].to(stack.dtype)
         base: Tensor | None = getattr(self, f"base_{group}")
-        return row @ stack if base is None else row @ stack + (1 - row.sum()) * base
+        with torch.autocast(
+            stack.device.type, enabled=False
+        ):  # or φ̄, held or saved, would be rounded to half precision
+            mixed = row @ stack
+        return mixed if base is None else mixed + (1 - row.sum()) * base
 
 
 class ProductMixture(Mixture):

@@ -242,7 +242,8 @@ def folded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[di
         tensors: under PEFT's file key names.
 
     Returns:
-        configuration and tensors; the keys and values are those that the network gave in training, bit by bit.
+        configuration and tensors; the keys and values are those that the network gave in training in the tensors' precision,
+        bit by bit on the same device.
 
     Raises:
         ExpertError: if a tensor of the network is missing.
@@ -259,7 +260,8 @@ def folded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[di
         missing = [n for n in names if n not in tensors]
         if missing:
             raise ExpertError(f"prefix with projection: {layer} needs tensor {missing[0]}, which is not among them")
-        key, value = _projected(*(tensors[n] for n in names))
+        with torch.autocast(tensors[names[0]].device.type, enabled=False):
+            key, value = _projected(*(tensors[n] for n in names))
         plain |= {f"{layer}.prefix_key": key.contiguous(), f"{layer}.prefix_value": value.contiguous()}
     return {**config, "projection": False, "projection_dim": None}, plain
 

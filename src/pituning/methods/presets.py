@@ -38,9 +38,20 @@ def method_of(config: PeftConfig) -> str:
     return names[0] if names else method_type(config).lower()
 
 
+def config_type(method: str) -> type[PeftConfig]:
+    """The class of a method's PEFT configuration.
+
+    Raises:
+        UnknownNameError: for another name than :func:`method_names` has.
+    """
+    if method not in _PRESETS:
+        raise unknown_name("method", method, _PRESETS)
+    return _PRESETS[method][0]
+
+
 def method_fields(method: str) -> list[str]:
     """Fields of a method's PEFT configuration, which :func:`make_config` takes as overrides."""
-    return list(_PRESETS[method][0].__dataclass_fields__)
+    return list(config_type(method).__dataclass_fields__)
 
 
 def make_config(method: str, backbone: Backbone, **overrides: Any) -> PeftConfig:
@@ -60,13 +71,11 @@ def make_config(method: str, backbone: Backbone, **overrides: Any) -> PeftConfig
         PituningError: for a field the method does not have, a value that has no meaning, or a backbone without modules
             to adapt.
     """
-    if method not in _PRESETS:
-        raise unknown_name("method", method, _PRESETS)
-    config_type, defaults = _PRESETS[method]
-    settings = {**defaults, **overrides}
+    kind = config_type(method)
+    settings = {**_PRESETS[method][1], **overrides}
     if "target_modules" not in settings:
         settings["target_modules"] = backbone.adaptable(method)
-    unknown = sorted(set(settings) - set(config_type.__dataclass_fields__))
+    unknown = sorted(set(settings) - set(kind.__dataclass_fields__))
     if unknown:
         raise PituningError(f"method {method!r} has no setting {', '.join(unknown)}")
     if settings.get("r", 1) < 1:
@@ -77,10 +86,10 @@ def make_config(method: str, backbone: Backbone, **overrides: Any) -> PeftConfig
         )
     if method == "ia3" and settings.get("feedforward_modules") is None:
         settings["feedforward_modules"] = _feedforward(settings["target_modules"])
-    if "fan_in_fan_out" in config_type.__dataclass_fields__ and _stores_transposed(backbone):
+    if "fan_in_fan_out" in kind.__dataclass_fields__ and _stores_transposed(backbone):
         settings.setdefault("fan_in_fan_out", True)
     try:
-        return config_type(**settings)
+        return kind(**settings)
     except (TypeError, ValueError) as error:
         raise PituningError(f"method {method!r}: {error}") from error
 

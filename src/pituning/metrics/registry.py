@@ -60,6 +60,17 @@ def metric_named(name: str) -> Metric:
     return _METRICS[name]
 
 
+def answers_of(metric: str, choices: Sequence[str]) -> Answers:
+    """What a task's examples are answered by, from its metric and its closed choices: a box, a choice or a text.
+
+    >>> answers_of("accuracy", ("yes", "no"))
+    'choice'
+    """
+    if metric_named(metric).answers == "box":
+        return "box"
+    return "choice" if choices else "text"
+
+
 def lacking(names: Iterable[str]) -> list[str]:
     """What metrics of these names need that is not there, as messages; each name counts once."""
     found = []

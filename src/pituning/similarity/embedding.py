@@ -237,12 +237,9 @@ def pool_embedding(
         DataError: if it is not stored and the task is none that :func:`load_task` knows.
     """
     expert = pool.load(name)
-    at = expert if reference == "own" else shared_reference(pool, expert.card.method)
-    folder = pool.folder / name
-    if not refresh and (folder / _file_name(reference)).is_file():
-        stored = TaskEmbedding.load(folder, reference)
-        if stored.reference_hash == tensor_hash(at.tensors):
-            return stored
+    at, folder = _reference_point(pool, expert, reference), pool.folder / name
+    if not refresh and (stored := _stored(folder, reference, at)) is not None:
+        return stored
     if expert.card.task not in task_names():
         point = "" if reference == "shared" else f" --reference {reference}"
         raise DataError(
@@ -255,6 +252,26 @@ def pool_embedding(
     embedding.save(folder)
     (unfinished / PARTIAL_FILE).unlink(missing_ok=True)
     return embedding
+
+
+def has_embedding(pool: ExpertPool, name: str, reference: str) -> bool:
+    """Whether :func:`pool_embedding` of one of the pool's experts is stored, and has nothing to compute."""
+    expert = pool.load(name)
+    if reference == "shared" and not (pool.folder / _REFERENCE_FOLDER / expert.card.method).is_dir():
+        return False  # to look must not make the reference, which is made of the experts that are there
+    return _stored(pool.folder / name, reference, _reference_point(pool, expert, reference)) is not None
+
+
+def _reference_point(pool: ExpertPool, expert: Expert, reference: str) -> Expert:
+    return expert if reference == "own" else shared_reference(pool, expert.card.method)
+
+
+def _stored(folder: Path, reference: str, at: Expert) -> TaskEmbedding | None:
+    """The embedding in an expert's folder, if there is one and it was made at this reference point."""
+    if not (folder / _file_name(reference)).is_file():
+        return None
+    stored = TaskEmbedding.load(folder, reference)
+    return stored if stored.reference_hash == tensor_hash(at.tensors) else None
 
 
 def _require_finite(fisher: Mapping[str, Tensor], what: str) -> None:

@@ -208,7 +208,7 @@ def collapsed(
     rank: int | None,
     max_error: float | None = None,
 ) -> Interpolation:
-    """The trained mixture as one expert, on the CPU as experts of a pool are, with the weights of its members by group."""
+    """The trained mixture as one expert, with the weights of its members by group."""
     weights = mixture.weights().detach().cpu().tolist()
     groups = group_names(members, granularity if len(weights) > 1 else "model")
     by_group = {g: tuple(row) for g, row in zip(groups, weights, strict=True)}
@@ -229,5 +229,4 @@ def collapsed(
     expert = folded.expert.with_card(
         training={**card.training, "interpolation": record}, init_hash="" if own_coordinates else card.init_hash
     )
-    expert = replace(expert, tensors={name: tensor.cpu() for name, tensor in expert.tensors.items()})
     return Interpolation(expert, tuple(e.name for e in members), by_group, (), folded.errors)

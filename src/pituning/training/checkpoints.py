@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pituning.backbones.base import Backbone
 from pituning.errors import PituningError, RefusedError
 from pituning.example import Example
-from pituning.experts.expert import tensor_hash
 from pituning.interpolation.mixture import Mixture
 from pituning.problems import listed
 
@@ -19,6 +22,9 @@ RUN_FILE = "run.json"
 """Beside the checkpoints: what makes the run the one that it is."""
 LENGTH = ("steps", "epochs")  # a longer run goes on from a shorter one
 _ANY_VERSION = ("peft_version",)
+_TENSORS = "tensors"
+_ROUNDING = 1e-4
+"""Of a tensor's norm."""
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -61,9 +67,15 @@ def identity(
         mixture: before its first step.
         settings: how it is trained; its length takes no part.
     """
-    coefficients = mixture.coefficients
+    coefficients, device = mixture.coefficients, backbone.device.type
+    tensors = {**dict(mixture.named_parameters()), **dict(mixture.named_buffers())}
     values = {
-        "backbone": {"fingerprint": backbone.fingerprint, **backbone.prompting},
+        "backbone": {
+            "fingerprint": backbone.fingerprint,
+            "max_length": getattr(backbone, "max_length", None),
+            "autocast": torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            **backbone.prompting,
+        },
         "training examples": _digest(examples),
         "held-out examples": _digest(held_out),
         "start": {
@@ -71,8 +83,8 @@ def identity(
             "coefficients": coefficients.kind,
             "temperature": coefficients.temperature,
             "scale": coefficients.scale,
-            "tensors": tensor_hash({**dict(mixture.named_parameters()), **dict(mixture.named_buffers())}),
         },
+        _TENSORS: {name: _summary(tensor) for name, tensor in sorted(tensors.items())},
         "adapter configuration": {k: v for k, v in config.items() if k not in _ANY_VERSION},
         "settings": {k: v for k, v in settings.items() if k not in LENGTH},
     }
@@ -114,9 +126,27 @@ def begin(folder: str | Path, run: Mapping[str, Any], defaults: Mapping[str, Any
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for part in now:
         before, after = then.get(part, {}), now[part]
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                yield f"{part}: {key} was {_shown(before.get(key))}, and is {_shown(after.get(key))}"
+        wrong = [key for key in sorted(before.keys() | after.keys()) if not _same(before.get(key), after.get(key))]
+        if part == _TENSORS and len(wrong) > 1:
+            yield f"{len(wrong)} of {len(after)} {part} of the start"
+            continue
+        for key in wrong:
+            yield f"{part}: {key} was {_shown(before.get(key))}, and is {_shown(after.get(key))}"
+
+
+def _summary(tensor: Tensor) -> dict[str, Any]:
+    """What tells tensors apart, and is the same where another machine computed starting weights with other roundings."""
+    values = tensor.detach().double()
+    return {"shape": list(tensor.shape), "norm": float(values.norm()), "sum": float(values.sum())}
+
+
+def _same(then: Any, now: Any) -> bool:
+    """Equal, and summaries of tensors up to what roundings may do."""
+    if isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys() == {"shape", "norm", "sum"}:
+        tolerance = _ROUNDING * then["norm"]
+        close = (math.isclose(then[name], now[name], rel_tol=0, abs_tol=tolerance) for name in ("norm", "sum"))
+        return then["shape"] == now["shape"] and all(close)
+    return bool(then == now)
 
 
 def _shown(value: Any) -> str:

@@ -146,14 +146,9 @@ def _diverged(losses: Mapping[tuple[float, int], Tensor]) -> NoReturn:
 
 
 def within_standard_errors(losses: Tensor, best: Tensor, count: float = 1) -> bool:
-    """Whether the paired difference of two per-example losses is no larger than so many of its standard errors.
-
-    Losses that are not all finite are those of a run that has diverged: they are never within, and against them all others are.
+    """Whether the paired difference of two per-example losses, all of them finite, is no larger than so many of its standard
+    errors.
     """
-    if not bool(best.isfinite().all()):
-        return True
-    if not bool(losses.isfinite().all()):
-        return False
     difference = losses - best
     return float(difference.mean()) <= count * float(difference.std()) / math.sqrt(len(difference))
 

@@ -21,7 +21,7 @@ from pituning.errors import DataError, PituningError, RefusedError, unknown_name
 from pituning.example import Box, Example
 from pituning.experts.expert import Expert
 from pituning.methods.attach import attached
-from pituning.metrics.registry import FITTING, Answers, Metric, metric_named, metric_names
+from pituning.metrics.registry import FITTING, Answers, Metric, answers_of, metric_named, metric_names
 from pituning.tasks.task import Task
 from pituning.training.module import MixtureModel
 
@@ -129,7 +129,7 @@ def predict(
         as :func:`evaluate`.
     """
     examples = tuple(task.split(split, limit))
-    kind: Answers = "box" if metric_named(task.metric).answers == "box" else "choice" if task.choices else "text"
+    kind = answers_of(task.metric, task.choices)
     with _carried(backbone, expert):
         _, found = _answers(backbone, task, examples, kind, by, losses=False)
     answers: list[Answer] = [task.choices[a] if kind == "choice" else a for a in found]
@@ -294,9 +294,11 @@ def _by_batch(
     return rows
 
 
-def mean_log_loss(backbone: Backbone, examples: Sequence[Example], model: MixtureModel | None = None) -> float:
-    """Mean −log p(right answer), in nats per example."""
-    return log_loss(log_probabilities(backbone, examples, model), examples)
+def mean_log_loss(
+    backbone: Backbone, examples: Sequence[Example], model: MixtureModel | None = None, *, finite: bool = True
+) -> float:
+    """Mean −log p(right answer), in nats per example; ``finite`` as in :func:`log_probabilities`."""
+    return log_loss(log_probabilities(backbone, examples, model, finite=finite), examples)
 
 
 def log_loss(log_p: Tensor, examples: Sequence[Example]) -> float:

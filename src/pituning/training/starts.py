@@ -219,7 +219,7 @@ def score_weights(losses: Sequence[float], examples: int, sharpness: float = 0.2
 
     With sharpness 1 this is the posterior of K equally likely models given N independent examples; experts are correlated
     and their log-losses noisy, so less than the full evidence is counted. A weight that float32 cannot tell from 0 becomes the
-    smallest that it can: that of 0 has α = −∞, which nothing could move.
+    smallest that it can, for that of 0 has α = −∞; training will hardly bring it back.
 
     Args:
         losses: mean log-loss of each, after calibration (:func:`calibrated_loss`): experts of other tasks differ by nats in
@@ -234,8 +234,11 @@ def score_weights(losses: Sequence[float], examples: int, sharpness: float = 0.2
 
 def expert_log_probabilities(backbone: Backbone, expert: Expert, examples: Sequence[Example]) -> Tensor:
     """:func:`log_probabilities` of an expert, as it is."""
-    with attached(backbone, expert.config, expert.tensors):
-        return log_probabilities(backbone, examples)
+    try:
+        with attached(backbone, expert.config, expert.tensors):
+            return log_probabilities(backbone, examples)
+    except PituningError as error:
+        raise type(error)(f"expert {expert.name!r}: {error}") from error
 
 
 def calibrated_loss(backbone: Backbone, expert: Expert, examples: Sequence[Example]) -> float:

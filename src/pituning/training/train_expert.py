@@ -100,7 +100,7 @@ def train_expert(
         fingerprint=backbone.fingerprint,
         task=task.name,
         method=method,
-        init_hash=tensor_hash(folded(config, initial)[1]),
+        init_hash=tensor_hash(folded(config, {name: tensor.cpu() for name, tensor in initial.items()})[1]),
         shots=task.shots,
         seed=task.seed,
         choices=task.choices,
@@ -157,12 +157,9 @@ def fold_experts(
 
 
 def _finished(mixture: Mixture, config: Mapping[str, Any], card: ExpertCard) -> Expert:
-    """The trained expert, on the CPU as experts of a pool are; a prefix that was trained through a network becomes the plain
-    prefix that it makes.
-    """
+    """The trained expert; a prefix that was trained through a network becomes the plain prefix that it makes."""
     trained = collapse(mixture, config, card).expert
     settings, tensors = folded(trained.config, trained.tensors)
-    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     return Expert(tensors, settings, replace(trained.card, parameters=sum(t.numel() for t in tensors.values())))
 
 

@@ -195,6 +195,7 @@ def _fit_by_gradients(
                     f"least {taken}, or take another folder"
                 )
             trainer._load_from_checkpoint(str(checkpoint))
+            history.measure(taken)  # that of the checkpoint's last step, unless it is among its figures
             steps = taken
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -395,18 +396,18 @@ class _History(TrainerCallback):
         self._best: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._measure(state.global_step)
+        self.measure(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         every = self.settings.eval_every
         if (every and state.global_step % every == 0) or state.global_step == state.max_steps:
-            self._measure(state.global_step)
+            self.measure(state.global_step)
         elif state.global_step % args.logging_steps == 0:
             self._record_weights(state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.settings.eval_every:
-            self._measure(state.global_step)
+            self.measure(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -447,7 +448,7 @@ class _History(TrainerCallback):
     def _record_weights(self, step: int) -> None:
         self.weights[step] = self.trainer.model.mixture.weights().detach().cpu().tolist()
 
-    def _measure(self, step: int) -> None:
+    def measure(self, step: int) -> None:
         self._record_weights(step)
         if not self.examples or step in self.held_out:
             return
