@@ -410,7 +410,10 @@ class TestCells:
         before = paths()
         assert before[1].is_file()
         assert paths() == before
-        assert not set(paths(precision="auto")) & set(before)
+        assert not set(paths(precision="bf16")) & set(before)
+        for fast, meant in ((True, "bf16"), (False, "fp32")):
+            monkeypatch.setattr("pituning.training.precision.has_fast_bf16", lambda device, fast=fast: fast)
+            assert paths(precision="auto") == paths(precision=meant), "not the word, but what it stands for"
         pool = ExpertPool(tmp_path / "experts")
         expert = pool.load("glue-cola-lora")
         pool.add(replace(expert, tensors={k: t + 0.1 for k, t in expert.tensors.items()}))

@@ -38,7 +38,7 @@ from pituning.similarity.measures import FISHER_KINDS
 from pituning.similarity.select import audit_pool, rank_experts
 from pituning.tasks.task import Task, load_task
 from pituning.training.evaluation import Evaluation, evaluate, predict
-from pituning.training.precision import precision
+from pituning.training.precision import precision, resolved
 from pituning.training.progress import progress_bar
 from pituning.training.train_expert import FULL_DATA, train_expert
 
@@ -81,6 +81,8 @@ def run_recipe(
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     backbone = load_backbone(recipe.backbone)
+    # what is kept is of the precision that "auto" stood for
+    recipe = recipe.model_copy(update={"precision": resolved(backbone, recipe.precision)})
     target = load_task(recipe.target)
     # every task's data are read before the first training step: a missing file must not cost an hour
     tasks = {name: _capped(load_task(name), recipe.pool.examples) for name in recipe.pool.tasks}

@@ -32,7 +32,7 @@ from pituning.tasks.task import Task, load_task
 from pituning.training.blend import blend
 from pituning.training.evaluation import evaluate
 from pituning.training.interpolate import interpolate
-from pituning.training.precision import precision
+from pituning.training.precision import precision, resolved
 from pituning.training.train_expert import train_expert
 
 
@@ -73,7 +73,7 @@ def run_table(
     if wrong := [*run.absent_experts(stages), *run.unembedded(stages), *run.other_experts(stages)]:
         raise RecipeError(f"{recipe.title}: {len(wrong)} problem(s) with experts, nothing was run:{listed(wrong)}")
     start = time.perf_counter()
-    with precision(run.backbone, recipe.precision):
+    with precision(run.backbone, run.recipe.precision):
         for stage in STAGES:
             if stage in stages:
                 getattr(run, stage)()
@@ -84,8 +84,10 @@ def run_table(
 
 class _Run:
     def __init__(self, recipe: TableRecipe, folder: Path, tasks: Sequence[str], progress: bool) -> None:
-        self.recipe, self.folder, self.names, self.progress = recipe, folder, tasks, progress
+        self.folder, self.names, self.progress = folder, tasks, progress
         self.backbone: Backbone = load_backbone(recipe.backbone)
+        # what is kept is of the precision that "auto" stood for
+        self.recipe = recipe.model_copy(update={"precision": resolved(self.backbone, recipe.precision)})
         self.pool, self.own = ExpertPool(recipe.pool), ExpertPool(recipe.own_folder)
         self.cells = folder / "cells"
         self.cells.mkdir(parents=True, exist_ok=True)

@@ -32,14 +32,13 @@ def precision(backbone: Backbone, name: str) -> Iterator[None]:
         UnknownNameError: for another name.
         PituningError: for ``"bf16"`` where a bfloat16 product would end the process.
     """
-    if name not in PRECISIONS:
-        raise unknown_name("precision", name, PRECISIONS)
-    if name == "bf16" and backbone.device.type == "cpu" and not bf16_survives():
+    asked, name = name, resolved(backbone, name)
+    if asked == "bf16" and backbone.device.type == "cpu" and not bf16_survives():
         raise PituningError(
             "precision 'bf16': a bfloat16 matrix product kills a Python process on this machine (the processor announces "
             f"instructions that it may not use); use 'fp32', or start with the environment variable {_WITHOUT_AMX} set"
         )
-    if name == "fp32" or (name == "auto" and not has_fast_bf16(backbone.device)):
+    if name == "fp32":
         with torch.autocast(backbone.device.type, enabled=False):  # the block may lie in one of bfloat16
             yield
         return
@@ -54,6 +53,19 @@ def precision(backbone: Backbone, name: str) -> Iterator[None]:
             yield
     finally:
         backbone.model.set_attn_implementation(before)
+
+
+def resolved(backbone: Backbone, name: str) -> str:
+    """The precision that ``"auto"`` stands for on the backbone's device; ``"fp32"`` and ``"bf16"`` stand for themselves.
+
+    Raises:
+        UnknownNameError: for another name.
+    """
+    if name not in PRECISIONS:
+        raise unknown_name("precision", name, PRECISIONS)
+    if name != "auto":
+        return name
+    return "bf16" if has_fast_bf16(backbone.device) else "fp32"
 
 
 def has_fast_bf16(device: torch.device) -> bool:
