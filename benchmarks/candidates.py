@@ -7,32 +7,38 @@ and scale of the blends (`--scales auto 1`): of each candidate the scale, the cr
 chooses, and the accuracy and log-loss on 500 test examples after the refit, whichever is chosen. At the end, for each scale and
 for several numbers of standard errors, the same of "the first candidate whose loss is within so many of the lowest": the mean
 over the targets of the means over their draws.
+
+With `--trained-own` another candidate is measured, which `interpolate` does not have: the own expert trained for longer, by the
+same grid. At the end then also of "that one, where the loss of what `interpolate` takes is so many standard errors higher".
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pituning as pt
 from benchmarks.draws import LIMIT, draw_options, drawn, opened, run
+from pituning.interpolation.build import build_mixture
+from pituning.interpolation.mixture import Mixture
 from pituning.similarity.select import rank_experts
-from pituning.training.crossfit import CrossFit, Search
+from pituning.training.crossfit import CrossFit, Search, cross_fit, within_standard_errors
 from pituning.training.evaluation import evaluate
-from pituning.training.interpolate import choose
+from pituning.training.interpolate import Choice, _Plan, choose
 from pituning.training.starts import ALPHA_LEARNING_RATE
 from pituning.training.train_expert import fold_experts
 
 ERRORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-KINDS = ("blend", "blend with own", "warm start", "own")
+KINDS = ("blend", "blend with own", "warm start", "own", "trained own")
 
 Tested = tuple[float, float]  # accuracy in %, log-loss
 
@@ -41,6 +47,7 @@ def main() -> None:
     """One line for each target, draw and scale, and a table of the rules for each scale."""
     parser = draw_options(__doc__)
     parser.add_argument("--scales", nargs="+", type=_scale, default=["auto"], help="as `interpolate` takes one")
+    parser.add_argument("--trained-own", action="store_true", help="also measure the own expert trained for longer")
     options = parser.parse_args()
     backbone, pool = opened(options)
     found: dict[str, dict[str, list[Tested]]] = defaultdict(lambda: defaultdict(list))
@@ -54,6 +61,9 @@ def main() -> None:
             choice = choose(
                 backbone, task, experts, own, scale=scale, search=search, own_folds=folds, shared=partial(_once, fits)
             )
+            shipped = choice.best
+            if options.trained_own:
+                choice = _with_trained_own(choice, own, folds, search, partial(_once, fits))
             values = []
             for candidate, plan, fit in zip(choice.candidates(), choice.plans, choice.found, strict=True):
                 if candidate.name not in tests:
@@ -68,14 +78,44 @@ def main() -> None:
                 f"{c.name} {c.scale:.3g} {c.loss:.3f} {right:.1f} {loss:.3f}"
                 for c, (right, loss) in zip(choice.candidates(), values, strict=True)
             ]
+            if options.trained_own:
+                behind = choice.found[shipped].losses - choice.found[-1].losses
+                errors_ahead = float(behind.mean() / behind.std() * len(behind) ** 0.5)
+                shown.append(
+                    f"{choice.plans[shipped].name} is taken, {errors_ahead:.2f} standard errors behind the last"
+                )
             print(f"{target} {draw} {scale} | " + " | ".join(shown), flush=True)
-            for name, value in zip(KINDS, values, strict=True):
+            for name, value in zip(KINDS, values):  # noqa: B905 - the last is there with --trained-own alone
                 found[f"{scale} | {name}"][target].append(value)
             for errors in ERRORS:
-                found[f"{scale} | {errors:g} standard errors"][target].append(values[choice.first_within(errors)])
+                if not options.trained_own:
+                    found[f"{scale} | {errors:g} standard errors"][target].append(values[choice.first_within(errors)])
+                    continue
+                longer = not within_standard_errors(choice.found[shipped].losses, choice.found[-1].losses, errors)
+                found[f"{scale} | trained own by {errors:g} standard errors"][target].append(
+                    values[-1 if longer else shipped]
+                )
     for name, by_target in found.items():
         right, loss = (mean(mean(v[at] for v in values) for values in by_target.values()) for at in (0, 1))
         print(f"{name}: {right:.2f} {loss:.3f}")
+
+
+def _with_trained_own(
+    choice: Choice,
+    own: pt.Expert,
+    folds: Mapping[int | None, pt.Expert],
+    search: Search,
+    shared: Callable[[str, Callable[[], CrossFit]], CrossFit],
+) -> Choice:
+    """The choice with another candidate behind its own."""
+
+    def start(fold: int | None) -> tuple[Mixture, Mapping[str, Any]]:
+        return build_mixture([folds[fold]], train="experts", granularity="model")
+
+    plan = _Plan("own, trained for longer", (own,), [1.0], start, replace(search, alpha_learning_rate=0.0), "model")
+    examples = choice.task.split("train")
+    fit = shared(plan.name, lambda: cross_fit(choice.backbone, start, examples, plan.search, warm=False))
+    return replace(choice, plans=(*choice.plans, plan), found=(*choice.found, fit))
 
 
 def _scale(text: str) -> float | str:

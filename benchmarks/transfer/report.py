@@ -173,7 +173,8 @@ def block(
     """
     suite, missing = found.suite, found.missing()
     total = len(suite.plan())
-    lines = [f"{suite.title}; {len(suite.seeds)} seeds{_fewer(suite)}; at most {suite.test_limit} test examples.", ""]
+    seeds = "1 seed" if len(suite.seeds) == 1 else f"{len(suite.seeds)} seeds"
+    lines = [f"{suite.title}; {seeds}{_fewer(suite)}; at most {suite.test_limit} test examples.", ""]
     if not found.cells:
         lines += [f"**Nothing has been measured yet:** 0 of {total:,} cells.", "", f"`{commands.run()}`", ""]
         return "\n".join([*lines, *_audit_lines(suite, audit, commands)])
