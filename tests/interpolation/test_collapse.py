@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,22 @@ from pituning.errors import RefusedError
 from pituning.experts import Expert, ExpertCard
 from pituning.interpolation import GRANULARITIES, TRAIN_MODES, build_mixture, collapse, group_names
 from pituning.interpolation.collapse import truncate
+from pituning.interpolation.mixture import lora_tensors
 from pituning.methods import initial_tensors, make_config
 from tests.interpolation.test_mixture import COMBINATIONS
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 PREFIX = "base_model.model."
 CARD = ExpertCard("blend", training={"family": "encoder"})
+
+
+class Away(Tensor):
+    """Stands in for a tensor on a GPU."""
+
+    def to(self, *arguments: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        assert arguments == ("cpu",)
+        return self.as_subclass(Tensor).to(*arguments, **options)
+
 
 combinations = st.sampled_from(COMBINATIONS)
 dtypes = st.sampled_from((torch.float32, torch.float64))
@@ -178,3 +189,21 @@ def test_ranks_are_refused_where_there_are_none(bert: Backbone, random_experts: 
     mixture, config = build_mixture(random_experts(bert, "lora", 2, 9), train="none")
     with pytest.raises(RefusedError, match="rank must be at least 1, not 0"):
         collapse(mixture, config, CARD, rank=0)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_result_is_on_the_cpu(
+    bert: Backbone, random_experts: Any, monkeypatch: pytest.MonkeyPatch, rank: int | None
+) -> None:
+    """Experts of a pool are, and go together with it."""
+    mixture, config = build_mixture(random_experts(bert, "lora", 2, 3), train="none")
+    expected = collapse(mixture, config, CARD, rank).expert.tensors
+
+    def away(factors: Any) -> dict[str, Tensor]:
+        return {key: tensor.as_subclass(Away) for key, tensor in lora_tensors(factors).items()}
+
+    for module in ("mixture", "collapse"):
+        monkeypatch.setattr(sys.modules[f"pituning.interpolation.{module}"], "lora_tensors", away)
+    found = collapse(mixture, config, CARD, rank).expert.tensors
+    assert {type(tensor) for tensor in found.values()} == {Tensor}
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())

@@ -13,10 +13,8 @@ from pituning.backbones.base import Backbone
 from pituning.errors import DataError, PituningError, RefusedError, UnknownNameError
 from pituning.experts import Expert
 from pituning.experts.expert import tensor_hash
-from pituning.interpolation.collapse import collapse
 from pituning.methods import attached, initial_tensors
 from pituning.tasks import Task
-from pituning.training.blend import blend
 from pituning.training.crossfit import Search, fold_examples
 from pituning.training.train_expert import fold_experts, train_expert
 from pituning.training.trainer import TrainSettings
@@ -116,32 +114,6 @@ def test_what_would_be_ignored_is_refused_before_the_search(
         train_expert(bert, make_task(), "lora", resume=True)
     with pytest.raises(PituningError, match="task 'target' has full data, for which nothing is searched"):
         train_expert(bert, make_task(shots=None), "lora", search=SEARCH)
-
-
-class Away(torch.Tensor):
-    """Stands in for a tensor on a GPU."""
-
-    def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
-        return self.as_subclass(torch.Tensor)
-
-
-@pytest.mark.parametrize("how", ["train_expert", "blend"])
-def test_the_result_is_on_the_cpu(
-    bert: Backbone, make_task: Any, random_experts: Any, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    """Experts of a pool are, and go together with it."""
-
-    def on_gpu(*arguments: Any, **options: Any) -> Any:
-        found = collapse(*arguments, **options)
-        tensors = {key: tensor.as_subclass(Away) for key, tensor in found.expert.tensors.items()}
-        return replace(found, expert=replace(found.expert, tensors=tensors))
-
-    monkeypatch.setattr(f"pituning.training.{how}.collapse", on_gpu)
-    if how == "blend":
-        expert = blend(bert, make_task(), random_experts(bert, "bottleneck", 2), settings=SHORT).expert
-    else:
-        expert = train_expert(bert, make_task(), "bottleneck", settings=SHORT)
-    assert {type(tensor) for tensor in expert.tensors.values()} == {torch.Tensor}
 
 
 def test_mistakes_are_explained(bert: Backbone, make_task: Any) -> None:
