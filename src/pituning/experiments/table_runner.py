@@ -391,7 +391,8 @@ class _Run:
         """Folder of a run's checkpoints: only the same run on the same backbone goes on from them."""
         if self.recipe.shots is not None:
             return None
-        values = {**said, "backbone": self.backbone.fingerprint, "data": self.recipe.data}
+        values = {**said, "backbone": self.backbone.fingerprint}
+        values |= {"data": self.recipe.data, "precision": self.recipe.precision}
         return self.folder / "runs" / f"{task}-{row}-{digest_of(values)}"
 
 

@@ -164,9 +164,8 @@ class ParameterMixture(Mixture):
             return stack[0]
         row = weights[group].to(stack.dtype)
         base: Tensor | None = getattr(self, f"base_{group}")
-        with torch.autocast(
-            stack.device.type, enabled=False
-        ):  # or φ̄, held or saved, would be rounded to half precision
+        # under autocast φ̄, which is held and saved, would be rounded to half precision
+        with torch.autocast(stack.device.type, enabled=False):
             mixed = row @ stack
         return mixed if base is None else mixed + (1 - row.sum()) * base
 

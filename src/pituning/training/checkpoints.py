@@ -136,7 +136,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 def _summary(tensor: Tensor) -> dict[str, Any]:
     """What tells tensors apart, and is the same where another machine computed starting weights with other roundings."""
-    values = tensor.detach().double()
+    values = tensor.detach().cpu().double()
     return {"shape": list(tensor.shape), "norm": float(values.norm()), "sum": float(values.sum())}
 
 
