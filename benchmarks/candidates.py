@@ -28,14 +28,13 @@ if not __package__:  # run by its path
 
 import pituning as pt
 from benchmarks.draws import LIMIT, draw_options, drawn, opened, run
-from pituning.interpolation.build import build_mixture
 from pituning.interpolation.mixture import Mixture
 from pituning.similarity.select import rank_experts
-from pituning.training.crossfit import CrossFit, Search, cross_fit, within_standard_errors
+from pituning.training.crossfit import CrossFit, Search, cross_fit
 from pituning.training.evaluation import evaluate
 from pituning.training.interpolate import Choice, _Plan, choose
 from pituning.training.starts import ALPHA_LEARNING_RATE
-from pituning.training.train_expert import fold_experts
+from pituning.training.train_expert import fold_experts, start_from
 
 ERRORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 KINDS = ("blend", "blend with own", "warm start", "own", "trained own")
@@ -85,16 +84,14 @@ def main() -> None:
                     f"{choice.plans[shipped].name} is taken, {errors_ahead:.2f} standard errors behind the last"
                 )
             print(f"{target} {draw} {scale} | " + " | ".join(shown), flush=True)
-            for name, value in zip(KINDS, values):  # noqa: B905 - the last is there with --trained-own alone
+            for name, value in zip(KINDS[: len(values)], values, strict=True):  # the last with --trained-own alone
                 found[f"{scale} | {name}"][target].append(value)
             for errors in ERRORS:
                 if not options.trained_own:
                     found[f"{scale} | {errors:g} standard errors"][target].append(values[choice.first_within(errors)])
                     continue
-                longer = not within_standard_errors(choice.found[shipped].losses, choice.found[-1].losses, errors)
-                found[f"{scale} | trained own by {errors:g} standard errors"][target].append(
-                    values[-1 if longer else shipped]
-                )
+                taken = values[-1 if errors_ahead > errors else shipped]
+                found[f"{scale} | trained own by {errors:g} standard errors"][target].append(taken)
     for name, by_target in found.items():
         right, loss = (mean(mean(v[at] for v in values) for values in by_target.values()) for at in (0, 1))
         print(f"{name}: {right:.2f} {loss:.3f}")
@@ -110,7 +107,7 @@ def _with_trained_own(
     """The choice with another candidate behind its own."""
 
     def start(fold: int | None) -> tuple[Mixture, Mapping[str, Any]]:
-        return build_mixture([folds[fold]], train="experts", granularity="model")
+        return start_from(folds[fold].tensors, folds[fold].config)
 
     plan = _Plan("own, trained for longer", (own,), [1.0], start, replace(search, alpha_learning_rate=0.0), "model")
     examples = choice.task.split("train")

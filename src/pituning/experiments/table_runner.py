@@ -92,10 +92,13 @@ class _Run:
         self.cells = folder / "cells"
         self.cells.mkdir(parents=True, exist_ok=True)
         self._states: dict[Path, str] = {}
+        self._tasks: dict[str, Task] = {}
 
     def task(self, name: str) -> Task:
-        recipe = self.recipe
-        return load_task(name, shots=recipe.shots, seed=recipe.seed, data=recipe.data)
+        if name not in self._tasks:
+            recipe = self.recipe
+            self._tasks[name] = load_task(name, shots=recipe.shots, seed=recipe.seed, data=recipe.data)
+        return self._tasks[name]
 
     @property
     def candidates(self) -> Only:
@@ -162,23 +165,22 @@ class _Run:
         for name in self._to_embed():
             pool_embedding(self.backbone, candidates, name, section.reference, data=self.recipe.data)
 
-    def _to_embed(self) -> list[str]:
-        """The candidates that are there, as far as the blends of this run may choose them."""
+    def _to_embed(self) -> dict[str, str]:
+        """The candidates that are there, as far as the blends of this run may choose them, each with its task."""
         recipe, section, pool = self.recipe, self.recipe.interpolation, self.candidates
         assert section is not None
         cards = {name: read_card(pool.folder / name) for name in pool.names()}
         named = {e for n in self.names for e in recipe.named_experts(n)}
         if all(recipe.named_experts(n) for n in self.names):
             cards = {name: card for name, card in cards.items() if name in named}
-        return [name for name, card in cards.items() if card.method == section.method and card.task in recipe.tasks]
+        return {n: c.task for n, c in cards.items() if c.method == section.method and c.task in recipe.tasks}
 
     def unembedded(self, stages: Sequence[Stage]) -> list[str]:
         """What lacks of the data of experts that are there and have to be embedded; tasks of this run are looked at before."""
         section, found = self.recipe.interpolation, []
         if section is None or "fisher" not in stages:
             return []
-        for name in self._to_embed():
-            task = read_card(self.pool.folder / name).task
+        for name, task in self._to_embed().items():
             if task in self.names or has_embedding(self.pool, name, section.reference):
                 continue
             try:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def begin(folder: str | Path, run: Mapping[str, Any], defaults: Mapping[str, Any
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for part in now:
         before, after = then.get(part, {}), now[part]
-        wrong = [key for key in sorted(before.keys() | after.keys()) if not _same(before.get(key), after.get(key))]
+        same = _alike if part == _TENSORS else eq
+        wrong = [key for key in sorted(before.keys() | after.keys()) if not same(before.get(key), after.get(key))]
         if part == _TENSORS and len(wrong) > 1:
             yield f"{len(wrong)} of {len(after)} {part} of the start"
             continue
@@ -140,13 +142,13 @@ def _summary(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "norm": float(values.norm()), "sum": float(values.sum())}
 
 
-def _same(then: Any, now: Any) -> bool:
-    """Equal, and summaries of tensors up to what roundings may do."""
-    if isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys() == {"shape", "norm", "sum"}:
-        tolerance = _ROUNDING * then["norm"]
-        close = (math.isclose(then[name], now[name], rel_tol=0, abs_tol=tolerance) for name in ("norm", "sum"))
-        return then["shape"] == now["shape"] and all(close)
-    return bool(then == now)
+def _alike(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
+    """Whether two summaries of a tensor are equal up to what roundings may do; there may be none."""
+    if then is None or now is None:
+        return then is now
+    tolerance = _ROUNDING * then["norm"]
+    close = (math.isclose(then[name], now[name], rel_tol=0, abs_tol=tolerance) for name in ("norm", "sum"))
+    return then["shape"] == now["shape"] and all(close)
 
 
 def _shown(value: Any) -> str:

@@ -32,13 +32,12 @@ def precision(backbone: Backbone, name: str) -> Iterator[None]:
         UnknownNameError: for another name.
         PituningError: for ``"bf16"`` where a bfloat16 product would end the process.
     """
-    asked, name = name, resolved(backbone, name)
-    if asked == "bf16" and backbone.device.type == "cpu" and not bf16_survives():
+    if name == "bf16" and backbone.device.type == "cpu" and not bf16_survives():
         raise PituningError(
             "precision 'bf16': a bfloat16 matrix product kills a Python process on this machine (the processor announces "
             f"instructions that it may not use); use 'fp32', or start with the environment variable {_WITHOUT_AMX} set"
         )
-    if name == "fp32":
+    if resolved(backbone, name) == "fp32":
         with torch.autocast(backbone.device.type, enabled=False):  # the block may lie in one of bfloat16
             yield
         return
