@@ -316,15 +316,18 @@ class TestResume:
         with pytest.raises(PituningError, match="resume=True needs the folder"):
             fit(bert, mixture, config, examples, BATCHES.with_(steps=2), resume=True)
 
+    @pytest.fixture
+    def parts(
+        self, bert: Backbone, random_experts: Any, random_examples: Any
+    ) -> tuple[list[Expert], list[Example], list[Example]]:
+        """Experts, examples to train on, and examples that are held out."""
+        return random_experts(bert, "bottleneck", 2, 9), random_examples(8, 9), random_examples(4, 8)
+
     def test_a_finished_run_takes_no_more_steps_and_can_be_made_longer(
-        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+        self, bert: Backbone, parts: tuple[list[Expert], list[Example], list[Example]], tmp_path: Path
     ) -> None:
         """By a constant rate a run of three steps is the beginning of one of five."""
-        experts, examples, held_out = (
-            random_experts(bert, "bottleneck", 2, 9),
-            random_examples(8, 9),
-            random_examples(4, 8),
-        )
+        experts, examples, held_out = parts
         settings, ends = BATCHES.with_(schedule="constant", warmup=0.0, eval_every=1, keep_best=True), []
         for steps, folder, resume in ((3, "a", False), (3, "a", True), (5, "a", True), (5, "b", False)):
             mixture, config = make(bert, experts, "experts")
@@ -345,14 +348,10 @@ class TestResume:
             )  # fmt: skip
 
     def test_a_run_may_end_at_its_checkpoint(
-        self, bert: Backbone, random_experts: Any, random_examples: Any, tmp_path: Path
+        self, bert: Backbone, parts: tuple[list[Expert], list[Example], list[Example]], tmp_path: Path
     ) -> None:
         """Whose step is none at which it was measured."""
-        experts, examples, held_out = (
-            random_experts(bert, "bottleneck", 2, 9),
-            random_examples(8, 9),
-            random_examples(4, 8),
-        )
+        experts, examples, held_out = parts
         settings = BATCHES.with_(schedule="constant", warmup=0.0, eval_every=4, steps=5)
         mixture, config = make(bert, experts, "experts")
         fit(bert, mixture, config, examples, settings, held_out=held_out, folder=tmp_path)
