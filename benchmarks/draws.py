@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import pituning as pt
+from benchmarks.rounding import bf16_products
 from pituning.errors import PituningError
 
 LIMIT = 500
@@ -39,7 +40,8 @@ def positive(text: str) -> int:
 def run(main: Callable[[], None]) -> None:
     """Run a script; a mistake of its caller's is a line and exit status 2."""
     try:
-        main()
+        with bf16_products(torch.device("cpu")):
+            main()
     except PituningError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 
 import benchmarks.transfer
 from benchmarks.pages import fill
+from benchmarks.rounding import bf16_products
 from benchmarks.transfer.cells import Cells
 from benchmarks.transfer.pictures import write_pictures
 from benchmarks.transfer.report import Commands, block, gather, keep
@@ -64,11 +64,12 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
     tasks = load_tasks(suite, options.data)
     if options.precision == ROUNDED and not has_fast_bf16(backbone.device):
         say(
-            f"--precision {ROUNDED}: this processor has no instructions for bfloat16 and is many times faster with fp32"
+            f"--precision {ROUNDED}: this processor has no instructions for bfloat16, so products are in float32, rounded"
         )
     gc.collect()
     gc.freeze()  # every `Trainer` collects garbage, and has neither libraries nor data to go through then
-    with nullcontext() if options.precision == ROUNDED else precision(backbone, options.precision):
+    rounded = options.precision == ROUNDED
+    with bf16_products(backbone.device) if rounded else precision(backbone, options.precision):
         kept = options.figures / f"{suite.name}.parquet"
         bench = prepared(suite, backbone, tasks, options.work, out_of_time=out_of_time, say=say, kept=kept)
         if bench is None:

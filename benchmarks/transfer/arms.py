@@ -26,7 +26,7 @@ from pituning.training.blend import Interpolation
 from pituning.training.crossfit import choose_cell, cross_fit
 from pituning.training.evaluation import calibrated_losses, log_loss
 from pituning.training.interpolate import choose, own_is_compared
-from pituning.training.starts import ALPHA_LEARNING_RATE, blend_start, expert_log_probabilities
+from pituning.training.starts import ALPHA_LEARNING_RATE, ENOUGH_TO_SCALE, blend_start, expert_log_probabilities
 from pituning.training.train_expert import train_expert
 from pituning.training.trainer import fit
 
@@ -37,6 +37,9 @@ DEFAULTS = 6
 scale, and the blend is tuned as one expert. 3: five experts of LoRA, and scales up to 7. 4: not the best of the scales, but
 their mean under the evidence of the shots. 5: two standard errors, and not one, for a candidate other than the blend. 6: the
 evidence for a scale is the log-loss as it is."""
+FEW_SHOTS = ENOUGH_TO_SCALE // 2
+FEW_DEFAULTS = 7
+"""Of draws with fewer shots per class than that, whose examples may be too few for a scale. 7: it is one then."""
 WARM_DEFAULTS = 2
 """Of warm starts, π's among them, likewise. 2: they take at least the grid's fewest steps."""
 WARM = ("nearest-tuned", "soup-tuned", "multitask-tuned", "ties-tuned", "lorahub", "ratatouille", "pi-published")
@@ -74,11 +77,11 @@ class Arm:
     compute: Callable[[Setting], Outcome]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def identity(self) -> dict[str, Any]:
-        """Plain values that change where the arm does."""
+    def identity(self, shots: int) -> dict[str, Any]:
+        """Plain values that change where the arm does, as it is with so many shots."""
         dated: dict[str, Any] = {"defaults": WARM_DEFAULTS} if self.name in WARM else {}
         if _function(self.compute) is _pi:
-            dated = {"defaults": [WARM_DEFAULTS, DEFAULTS]}
+            dated = {"defaults": [WARM_DEFAULTS, FEW_DEFAULTS if shots < FEW_SHOTS else DEFAULTS]}
         return {"name": self.name, "options": dict(self.options), **dated}
 
 

@@ -101,7 +101,9 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
         PituningError: if two cells claim to be the same, or there is no such environment.
     """
     settings = json.loads(json.dumps(suite.settings()))
-    wanted = {arm: json.loads(json.dumps(ARMS[arm].identity())) for arm in suite.arms}
+    wanted = {
+        (arm, shots): json.loads(json.dumps(ARMS[arm].identity(shots))) for arm in suite.arms for shots in suite.shots
+    }
     by_environment: dict[str, list[Cell]] = {}
     for cell in cells:
         common, own = cell["identity"]["common"], cell["identity"]["cell"]
@@ -111,7 +113,7 @@ def gather(suite: Suite, cells: Sequence[Cell], environment: str | None = None) 
             and own["shots"] in suite.shots
             and own["seed"] in suite.seeds
         )
-        if fits and common["settings"] == settings and wanted.get(own["arm"]["name"]) == own["arm"]:
+        if fits and common["settings"] == settings and wanted.get((own["arm"]["name"], own["shots"])) == own["arm"]:
             by_environment.setdefault(digest(common), []).append(cell)
     if environment is None:
         environment = max(by_environment, key=lambda e: (len(by_environment[e]), e), default="")

@@ -122,7 +122,7 @@ class Bench:
         """Everything that changes the value of a cell."""
         data = [digest_examples(task.split("train")), digest_examples(task.split("test", self.suite.test_limit))]
         cell = {"task": task.name, "shots": shots, "seed": task.seed, "data": data}
-        return {"common": dict(self.common), "cell": {"arm": ARMS[arm].identity(), **cell}}
+        return {"common": dict(self.common), "cell": {"arm": ARMS[arm].identity(shots), **cell}}
 
     def setting(self, task: Task, shots: int) -> Setting:
         """What the arms share on one draw."""

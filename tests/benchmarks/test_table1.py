@@ -171,7 +171,7 @@ def made(arm: str, task: str, seed: int, value: float) -> dict[str, Any]:
         "precision": "fp32",
         "versions": {},
     }
-    own = {"arm": ARMS[arm].identity(), "task": task, "shots": 64, "seed": seed, "data": "d"}
+    own = {"arm": ARMS[arm].identity(64), "task": task, "shots": 64, "seed": seed, "data": "d"}
     cell = {"arm": arm, "task": task, "shots": 64, "seed": seed, "identity": {"common": common, "cell": own}}
     figures = {"metric": "accuracy", "value": value, "log_loss": 0.5, "seconds": 1.0}
     return json.loads(json.dumps({**cell, **figures, "code": "c", "pool": "p", "finished": "2026-01-01"}))  # type: ignore[no-any-return]

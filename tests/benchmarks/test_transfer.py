@@ -444,6 +444,13 @@ def test_the_key_of_a_cell_tells_arm_task_shots_seed_data_pool_and_precision(ben
     assert keys(bench) == found[0]
 
 
+def test_defaults_for_few_shots_are_dated_by_themselves() -> None:
+    """So that changing them leaves what was measured with more."""
+    few, enough = (ARMS["pi"].identity(shots)["defaults"] for shots in (15, 16))
+    assert few != enough == ARMS["pi"].identity(64)["defaults"]
+    assert ARMS["nearest-tuned"].identity(4) == ARMS["nearest-tuned"].identity(16)
+
+
 def test_an_interrupted_or_broken_write_is_ignored(own_bench: Bench) -> None:
     run(own_bench, PART, say=lambda line: None)
     cells = Cells(own_bench.work / "cells")
@@ -668,7 +675,7 @@ def cell(arm: str, task: str, seed: int, value: float, suite: Suite = SMALL, **c
         "versions": {"pituning": "0"},
         **common,
     }
-    own = {"arm": ARMS[arm].identity(), "task": task, "shots": 16, "seed": seed, "data": "d"}
+    own = {"arm": ARMS[arm].identity(16), "task": task, "shots": 16, "seed": seed, "data": "d"}
     figures = {"metric": "accuracy", "value": value, "log_loss": 0.5, "examples": 500, "seconds": 10.0 + seed}
     more = {"seconds_alone": 4.0, "seconds_of_test": 1.0, "learning_rate": 1e-3, "steps": 40, "experts": ["cr"]}
     rest = {

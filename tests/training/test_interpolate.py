@@ -200,7 +200,7 @@ class TestScale:
         self, bert: Backbone, random_experts: Any, make_task: Any, lora_deltas: Any, with_deltas: Any
     ) -> None:
         """By blends made by hand, one example at a time."""
-        task = make_task()
+        task = make_task(shots=11)  # of three classes
         experts = [  # that change much
             replace(e, tensors={k: 12 * t for k, t in e.tensors.items()}) for e in random_experts(bert, "lora", 2, 6)
         ]
@@ -225,13 +225,23 @@ class TestScale:
         assert candidate.scale == pytest.approx(float(shares @ np.array(SCALES)), rel=1e-3)
         assert candidate.scale != pytest.approx(np.mean(SCALES), rel=1e-2), "the shots do tell something"
 
+    def test_few_shots_do_not_tell(self, bert: Backbone, random_experts: Any, make_task: Any) -> None:
+        """Below 32 of them the weights sum to one, unless a number is given."""
+        task, experts = make_task(shots=11), random_experts(bert, "lora", 2, 6)
+        options: dict[str, Any] = {"train": "none", "alternatives": False, "search": SEARCH, "init": "uniform"}
+        for count, scaled in ((32, True), (31, False)):
+            few = replace(task, splits={**task.splits, "train": task.split("train")[:count]})
+            (candidate,) = interpolate(bert, few, experts, **options).candidates
+            assert (candidate.scale != 1) is scaled
+        assert interpolate(bert, few, experts, scale=2.5, **options).candidates[0].scale == 2.5
+
     def test_other_methods_have_the_mean(self, bert: Backbone, random_experts: Any, make_task: Any) -> None:
         """Unless a number is given, which reaches out from the common start."""
         experts = random_experts(bert, "bottleneck", 2, 6)
         initial = initial_tensors(bert, experts[0].config)
         experts = [e.with_card(init_hash=tensor_hash(initial)) for e in experts]
         options: dict[str, Any] = {"train": "none", "alternatives": False, "search": SEARCH, "init": "uniform"}
-        assert interpolate(bert, make_task(), experts, **options).candidates[0].scale == 1
+        assert interpolate(bert, make_task(shots=11), experts, **options).candidates[0].scale == 1
         found = interpolate(bert, make_task(), experts, scale=3.0, **options)
         for key, start in initial.items():
             moved = start + 1.5 * sum(e.tensors[key] - start for e in experts)

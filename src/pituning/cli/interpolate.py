@@ -95,7 +95,7 @@ def interpolate(
         str,
         typer.Option(
             metavar="HOW",
-            help="What softmax weights sum to: a number (1 is the paper's), or auto, which asks the examples for LoRA.",
+            help="What softmax weights sum to: a number (1 is the paper's), or auto: for LoRA, what 32 or more examples say.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto",

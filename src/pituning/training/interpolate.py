@@ -22,6 +22,7 @@ from pituning.training.blend import Candidate, Interpolation, blended_card, coll
 from pituning.training.crossfit import CrossFit, Search, Start, cross_fit, within_standard_errors
 from pituning.training.starts import (
     ALPHA_LEARNING_RATE,
+    ENOUGH_TO_SCALE,
     blend_start,
     calibrated_loss,
     expected_scale,
@@ -108,8 +109,9 @@ def choose(
         coefficients, temperature: from α to the weights; see :class:`pituning.interpolation.Coefficients`.
         scale: what softmax weights sum to, for the interpolations; ``"auto"`` takes for LoRA the mean of
             :data:`pituning.training.starts.SCALES` by how well the untrained blend explains the shots at each
-            (:func:`pituning.training.starts.expected_scale`), and else 1 (the paper): twice the change of a bottleneck's two
-            matrices is four times its effect.
+            (:func:`pituning.training.starts.expected_scale`), where there are
+            :data:`pituning.training.starts.ENOUGH_TO_SCALE` of them, and else 1 (the paper): twice the change of a
+            bottleneck's two matrices is four times its effect.
         search: learning rates, steps and folds, the same for every candidate; its ``alpha_learning_rate`` is zero unless it
             is given, and then α stays where it starts. With ``optimizer="cma"`` and
             ``train="weights"`` the weights of the interpolation are learned without gradients.
@@ -132,6 +134,7 @@ def choose(
     compared = own_is_compared(include_own, alternatives)
     folds = _own_folds(backbone, task, own, search, own_folds) if own is not None and compared else {}
     plans: list[_Plan] = []
+    scaled = coefficients == "softmax" and is_lora(experts[0]) and len(examples) >= ENOUGH_TO_SCALE
     how: dict[str, Any] = {
         "train": train, "granularity": granularity, "coefficients": coefficients, "temperature": temperature,
     }  # fmt: skip
@@ -139,7 +142,7 @@ def choose(
     def interpolation(name: str, members: Sequence[Expert], weights: Sequence[float], with_own: bool) -> _Plan:
         begin = partial(blend_start, backbone, experts, weights, folds if with_own else None)
         found = scale
-        if isinstance(found, str) and coefficients == "softmax" and is_lora(experts[0]):
+        if isinstance(found, str) and scaled:
             untrained = {**how, "train": "none"}
             found = expected_scale(
                 backbone, lambda s: begin(**untrained, scale=s), examples, search if with_own else None

@@ -30,6 +30,9 @@ SMALLEST_WEIGHT = 2.0**-149
 """The smallest positive number of float32."""
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 """What the sum of a blend's weights is a mean of."""
+ENOUGH_TO_SCALE = 32
+"""Labelled examples below which that sum is one: fewer hardly tell one scale from another, and a middling one makes the blend
+surer of what is wrong (docs/transfer.md)."""
 
 
 def blend_start(
