@@ -17,7 +17,7 @@ from pituning.errors import PituningError, UnknownNameError
 from pituning.experts import Expert
 from pituning.methods import initial_tensors
 from pituning.similarity.select import Ranking
-from pituning.similarity.selection import Selection, select
+from pituning.similarity.selection import Selection, _Shots, select
 from pituning.tasks import Task
 from pituning.training.crossfit import Search
 from pituning.training.evaluation import bias_calibrated_losses, calibrated_losses
@@ -261,6 +261,18 @@ def test_an_expert_without_a_finite_loss_is_never_chosen(
         PituningError, match=r"similarity of expert 'e1' by weights is nan, which has no place in an order"
     ):
         select(ranked(experts, values=[0.9, float("nan"), 0.8, 0.7, 0.6]))
+
+
+@pytest.mark.parametrize("how", ["greedy", "auto"])
+def test_rounding_does_not_choose_an_expert_of_no_weight(
+    bert: Backbone, experts: list[Expert], helped: Task, random_expert: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another order of the same sum may make the soup with it the better one by a hair."""
+    plain = _Shots._loss
+    monkeypatch.setattr(_Shots, "_loss", lambda self, members, rows: plain(self, members, rows) - 1e-6 * len(members))
+    huge = random_expert(bert, "lora", 7, scale=1e30, name="huge")
+    found = select(ranked([*experts[:2], huge]), how, soup="score", backbone=bert, task=helped)
+    assert set(names(found)) == {"e0", "e1"}
 
 
 def test_a_backbone_without_a_finite_loss_is_no_rival(

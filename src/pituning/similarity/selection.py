@@ -220,7 +220,8 @@ class _Shots:
     def auto(self, most: int, rows: Sequence[int]) -> tuple[int, ...]:
         """So many of the highest ranked as give the best soup."""
         order = _falling(self.similarities(rows))
-        return min((order[: n + 1] for n in range(most)), key=lambda members: _or_infinite(self.loss(members, rows)))
+        best = min((order[: n + 1] for n in range(most)), key=lambda members: _or_infinite(self.loss(members, rows)))
+        return self._of_weight(best, rows)
 
     def greedy(self, candidates: int, most: int, rows: Sequence[int]) -> tuple[int, ...]:
         """The best single expert, then whichever lowers the loss of the soup most, until none does."""
@@ -233,7 +234,11 @@ class _Shots:
                 break
             chosen, best = (*chosen, added), losses[added]
             left.remove(added)
-        return chosen
+        return self._of_weight(chosen, rows)
+
+    def _of_weight(self, members: Sequence[int], rows: Sequence[int]) -> tuple[int, ...]:
+        """Without experts of no weight, whose own loss is not finite: the soup is the same with them, and rounding chose."""
+        return tuple(i for i, weight in zip(members, self._weights(members, rows), strict=True) if weight > 0)
 
     def arm(self, name: str, rule: Rule) -> Arm:
         """What a rule reaches on each fold when it is made without it."""
