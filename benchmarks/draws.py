@@ -40,15 +40,14 @@ def positive(text: str) -> int:
 def run(main: Callable[[], None]) -> None:
     """Run a script; a mistake of its caller's is a line and exit status 2."""
     try:
-        with bf16_products(torch.device("cpu")):
-            main()
+        main()
     except PituningError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def opened(options: argparse.Namespace) -> tuple[pt.Backbone, pt.ExpertPool]:
-    """The backbone, on so many threads, and the pool.
+    """The backbone, on so many threads, and the pool; for the rest of the script bfloat16 is not slow on any processor.
 
     Raises:
         PituningError: if the pool is empty.
@@ -58,6 +57,8 @@ def opened(options: argparse.Namespace) -> tuple[pt.Backbone, pt.ExpertPool]:
         raise PituningError(f"pool {options.pool} holds no experts")
     torch.set_num_threads(options.threads)
     backbone = pt.load_backbone("minilm", dtype=torch.bfloat16 if options.bf16_weights else None)
+    if options.bf16_weights:
+        bf16_products(backbone.device).__enter__()
     return backbone, pool
 
 

@@ -68,8 +68,7 @@ def _run(suite: Suite, options: argparse.Namespace) -> int:
         )
     gc.collect()
     gc.freeze()  # every `Trainer` collects garbage, and has neither libraries nor data to go through then
-    rounded = options.precision == ROUNDED
-    with bf16_products(backbone.device) if rounded else precision(backbone, options.precision):
+    with bf16_products(backbone.device) if options.precision == ROUNDED else precision(backbone, options.precision):
         kept = options.figures / f"{suite.name}.parquet"
         bench = prepared(suite, backbone, tasks, options.work, out_of_time=out_of_time, say=say, kept=kept)
         if bench is None:
